@@ -1,0 +1,37 @@
+"""How the engine serves, apart from what the checkpoint is and where it runs. Imports neither jax nor numpy."""
+
+import dataclasses
+
+from jaxmoe.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """The limits within which the engine batches requests. Per attention rank, unless said otherwise.
+
+    page_size: tokens per KV page.
+    pages_per_rank: KV pages; None derives them from the device's memory and the model.
+    max_batch: sequences decoding at once.
+    max_context: tokens of prompt and generation together; None is the model's own limit.
+    max_prefill_tokens: prompt tokens prefilled in one step; a longer prompt is split over several.
+    max_prefill_sequences: sequences whose chunks may share one prefill step.
+    max_queue: requests that wait for a place, over all ranks; one more is refused.
+    """
+
+    page_size: int = 16
+    pages_per_rank: int | None = None
+    max_batch: int = 64
+    max_context: int | None = None
+    max_prefill_tokens: int = 256
+    max_prefill_sequences: int = 8
+    max_queue: int = 1024
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{field.name}={value!r} must be a whole number of at least 1")
+        if self.max_context == 1:
+            raise ConfigError("max_context=1 has no room for a prompt token and a generated one; use 2 or more")

@@ -1,0 +1,142 @@
+"""What a checkpoint is: one frozen ModelConfig, read from Hugging Face's `config.json` in either of its dialects."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jaxmoe.errors import CheckpointError
+from jaxmoe.ops.grouped_matmul import ACTIVATIONS
+from jaxmoe.ops.rope import RopeConfig
+
+# Present in many configs and without effect on what the model computes at inference.
+HARMLESS_KEYS = frozenset(
+    {
+        "_name_or_path", "architectures", "attention_dropout", "auto_map", "bos_token_id", "cache_implementation",
+        "chunk_size_feed_forward", "dtype", "eos_token_id", "ep_size", "id2label", "initializer_range",
+        "is_encoder_decoder", "label2id", "model_type", "output_attentions", "output_hidden_states",
+        "output_router_logits", "pad_token_id", "pretraining_tp", "problem_type", "return_dict", "router_aux_loss_coef",
+        "router_jitter_noise", "torch_dtype", "transformers_version", "use_cache",
+    }
+)  # fmt: skip
+ROPE_KEYS = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shapes and constants of a decoder. `model_type`, `architectures` and token ids are as in the checkpoint."""
+
+    model_type: str
+    architectures: tuple[str, ...]
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    experts: int
+    experts_per_token: int
+    expert_width: int
+    norm_eps: float
+    rope: RopeConfig
+    activation: str
+    sliding_window: int | None
+    tie_embeddings: bool
+    max_position: int
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        def require(holds: bool, text: str) -> None:
+            if not holds:
+                raise CheckpointError(f"config.json: {text}")
+
+        for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "experts", "expert_width"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        require(self.heads % self.kv_heads == 0, f"{self.kv_heads} key-value heads do not divide {self.heads} heads")
+        require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even for rotary embeddings")
+        require(
+            1 <= self.experts_per_token <= self.experts,
+            f"num_experts_per_tok={self.experts_per_token} must be between 1 and {self.experts} experts",
+        )
+        require(
+            self.activation in ACTIVATIONS, f"hidden_act={self.activation!r} is not one of {', '.join(ACTIVATIONS)}"
+        )
+        require(
+            self.sliding_window is None or self.sliding_window >= 1,
+            f"sliding_window={self.sliding_window} must be at least 1 or null",
+        )
+
+
+class Fields:
+    """Reads a `config.json` key by key, so that what is left unread at the end is known and named."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = config
+        self._read: set[str] = set()
+
+    def __call__(self, key: str, kind: type, default: Any = ...) -> Any:
+        """The value of `key` as `kind`; `default` when it is absent or null. Raises CheckpointError."""
+        self._read.add(key)
+        value = self._config.get(key)
+        if value is None:
+            if default is ...:
+                raise CheckpointError(f"config.json lacks {key!r}, which this model needs")
+            return default
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise CheckpointError(f"config.json: {key}={value!r} must be of type {kind.__name__}")
+        return value
+
+    def finish(self) -> None:
+        """Raises CheckpointError naming every key that nobody read and that is not known to be harmless."""
+        unknown = sorted(set(self._config) - self._read - HARMLESS_KEYS)
+        if unknown:
+            raise CheckpointError(
+                f"config.json has keys whose effect on the model is not known here: {', '.join(unknown)}; "
+                "remove them if they change nothing"
+            )
+
+
+def token_ids(config: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    """`eos_token_id` and its kin: null, one id or a list of ids."""
+    value = config.get(key)
+    return tuple(value) if isinstance(value, list) else () if value is None else (int(value),)
+
+
+def rope_from(fields: Fields, default_theta: float, max_position: int) -> RopeConfig:
+    """Both dialects: `rope_theta` with `rope_scaling` (transformers 4), or `rope_parameters` (transformers 5)."""
+    theta = fields("rope_theta", float, None)
+    scaling: Mapping[str, Any] = fields("rope_scaling", dict, None) or {}
+    parameters: Mapping[str, Any] = fields("rope_parameters", dict, None) or {}
+    inner = Fields(scaling or parameters)
+    kind = inner("rope_type", str, None) or inner("type", str, None) or "default"
+    inner("type", str, None)
+    theta = inner("rope_theta", float, None) or theta or default_theta
+    if kind == "default":
+        inner.finish()
+        return RopeConfig(theta)
+    if kind not in ("linear", "llama3", "yarn"):
+        raise CheckpointError(f"config.json: rope type {kind!r} is not one of default, linear, llama3, yarn")
+    factor = inner("factor", float)
+    if factor < 1:
+        raise CheckpointError(f"config.json: rope factor={factor} must be at least 1")
+    original = inner("original_max_position_embeddings", int, max_position)
+    rope = RopeConfig(theta, kind, factor, original)
+    if kind == "llama3":
+        rope = dataclasses.replace(
+            rope, low_freq_factor=inner("low_freq_factor", float), high_freq_factor=inner("high_freq_factor", float)
+        )
+    if kind == "yarn":
+        rope = dataclasses.replace(
+            rope,
+            beta_fast=inner("beta_fast", float, 32.0),
+            beta_slow=inner("beta_slow", float, 1.0),
+            mscale=inner("mscale", float, 0.0),
+            mscale_all_dim=inner("mscale_all_dim", float, 0.0),
+            attention_factor=inner("attention_factor", float, None),
+            truncate=inner("truncate", bool, True),
+        )
+    inner.finish()
+    return rope

@@ -1,0 +1,497 @@
+import dataclasses
+import itertools
+import zlib
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from jaxmoe.engine.config import EngineConfig
+from jaxmoe.engine.request import Request, SamplingParams
+from jaxmoe.engine.scheduler import Scheduler
+from jaxmoe.errors import ConfigError, DuplicateRequestError, InvalidRequestError, QueueFullError
+
+VOCAB = 32
+EOS = frozenset({0, 1})
+
+
+def next_token(prefix):
+    return zlib.crc32(bytes(prefix)) % VOCAB
+
+
+def solo_run(request, max_context):
+    """Tokens and finish reason of a request that has the model to itself."""
+    params, tokens = request.params, list(request.prompt)
+    while True:
+        tokens.append(next_token(tokens))
+        generated = tokens[len(request.prompt) :]
+        if tokens[-1] in params.stop_token_ids or (tokens[-1] in EOS and not params.ignore_eos):
+            return generated, "stop"
+        if len(generated) == params.max_tokens or len(tokens) == max_context:
+            return generated, "length"
+
+
+class PagedModel:
+    """A model whose next token depends on every token before it, read back from the pages that it was written to."""
+
+    def __init__(self, num_ranks, page_size):
+        self.page_size = page_size
+        self.caches = [{} for _ in range(num_ranks)]
+
+    def __call__(self, plan):
+        sampled = {}
+        for sequence, start, length, samples in plan.chunks:
+            cache = self.caches[sequence.rank]
+            slots = [
+                (sequence.pages[position // self.page_size], position % self.page_size)
+                for position in range(start + length)
+            ]
+            cache.update(zip(slots[start:], sequence.tokens[start : start + length], strict=True))
+            if samples:
+                sampled[sequence.request.id] = next_token([cache[slot] for slot in slots]), -0.5
+        return sampled
+
+
+def make(num_ranks=1, pages_per_rank=16, max_context=32, page_size=2, **limits):
+    config = EngineConfig(page_size=page_size, **{"max_prefill_tokens": 8, **limits})
+    scheduler = Scheduler(
+        config,
+        num_ranks=num_ranks,
+        pages_per_rank=pages_per_rank,
+        max_context=max_context,
+        eos_token_ids=EOS,
+        vocab_size=VOCAB,
+    )
+    return scheduler, PagedModel(num_ranks, page_size)
+
+
+def prompt_of(length, first=2):
+    return tuple((first + i) % VOCAB for i in range(length))
+
+
+def ask(name, length=3, rank=None, **params):
+    return Request(name, prompt_of(length), SamplingParams(**{"ignore_eos": True, "max_tokens": 4, **params}), rank)
+
+
+def chunks_of(plan):
+    return [(chunk.sequence.request.id, chunk.start, chunk.length, chunk.samples) for chunk in plan.chunks]
+
+
+def ranks_of(plan):
+    return {chunk.sequence.request.id: chunk.sequence.rank for chunk in plan.chunks}
+
+
+def step(scheduler, model):
+    plan = scheduler.schedule()
+    return plan, scheduler.complete(plan, model(plan))
+
+
+def drain(scheduler, model, max_steps=1000):
+    """Steps until nothing is left to do; all outputs in order."""
+    outputs = []
+    for _ in range(max_steps):
+        if not scheduler.has_work:
+            return outputs
+        outputs += step(scheduler, model)[1]
+        scheduler.check_integrity()
+    raise AssertionError(f"work is left after {max_steps} steps")
+
+
+def tokens_of(outputs, name):
+    return [token for output in outputs if output.request_id == name for token in output.token_ids]
+
+
+class AnyUse(RuleBasedStateMachine):
+    """Requests that come, run and are cancelled in any order, on a machine with too little of everything."""
+
+    @initialize(
+        num_ranks=st.integers(1, 3),
+        page_size=st.integers(1, 4),
+        pages_per_rank=st.integers(3, 8),
+        max_context=st.integers(6, 24),
+        max_batch=st.integers(1, 4),
+        max_prefill_tokens=st.integers(1, 8),
+        max_prefill_sequences=st.integers(1, 3),
+        max_queue=st.integers(1, 6),
+    )
+    def start(self, **limits):
+        self.limits = limits
+        self.scheduler, self.model = make(**limits)
+        self.max_context = min(limits["max_context"], limits["pages_per_rank"] * limits["page_size"])
+        self.plan = None
+        self.ids = map(str, itertools.count())
+        self.requests = {}  # all that were accepted
+        self.untouched = []  # those that never were in a plan, in order of arrival
+        self.tokens = {}
+        self.ends = {}
+        self.steps_to_come = 0
+
+    def accept(self, request):
+        self.scheduler.submit(request)
+        self.requests[request.id] = request
+        self.untouched.append(request)
+        self.tokens[request.id] = []
+        self.steps_to_come += self.max_context
+
+    @rule(
+        length=st.integers(1, 12),
+        first=st.integers(2, VOCAB - 1),
+        max_tokens=st.one_of(st.none(), st.integers(1, 12)),
+        stop_token_ids=st.sets(st.integers(0, VOCAB - 1), max_size=2).map(tuple),
+        ignore_eos=st.booleans(),
+        rank=st.one_of(st.none(), st.integers(0, 2)),
+    )
+    def submit(self, length, first, rank, **params):
+        if rank is not None:
+            rank %= self.limits["num_ranks"]
+        request = Request(next(self.ids), prompt_of(length, first), SamplingParams(**params), rank)
+        queue_length = self.scheduler.queue_length
+        wanted = min(length + (params["max_tokens"] or 0), self.limits["max_context"])
+        try:
+            self.accept(request)
+        except InvalidRequestError:
+            assert length >= self.max_context or wanted > self.max_context
+        except QueueFullError:
+            assert queue_length >= self.limits["max_queue"]
+        else:
+            assert length < self.max_context
+            assert wanted <= self.max_context
+            assert self.scheduler.queue_length == queue_length + 1 <= self.limits["max_queue"]
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def submit_again(self, data):
+        request = data.draw(st.sampled_from(list(self.requests.values())))
+        if request.id not in self.ends:
+            with pytest.raises(DuplicateRequestError):
+                self.scheduler.submit(request)
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def cancel(self, data):
+        request = data.draw(st.sampled_from(list(self.requests.values())))
+        used = sum(load.used_pages for load in self.scheduler.loads())
+        live = request.id not in self.ends
+        if self.scheduler.cancel(request.id):
+            assert live
+            assert sum(load.used_pages for load in self.scheduler.loads()) <= used
+            self.untouched = [other for other in self.untouched if other.id != request.id]
+        assert not self.scheduler.cancel(request.id)
+
+    @precondition(lambda self: self.plan is None)
+    @rule()
+    def schedule(self):
+        self.plan = self.scheduler.schedule()
+        for prefills, decodes, load in zip(self.plan.prefills, self.plan.decodes, self.scheduler.loads(), strict=True):
+            assert len(prefills) <= self.limits["max_prefill_sequences"]
+            assert sum(chunk.length for chunk in prefills) <= self.limits["max_prefill_tokens"]
+            assert all(chunk.length == 1 and chunk.samples and chunk.start > 0 for chunk in decodes)
+            assert len(decodes) <= load.running <= self.limits["max_batch"]
+            assert load.used_pages <= load.total_pages
+        if self.plan.empty:
+            assert self.scheduler.num_running == self.scheduler.queue_length == 0
+        planned = ranks_of(self.plan)
+        assert len(planned) == len(list(self.plan.chunks))
+        self.nobody_was_overtaken(planned)
+        self.untouched = [request for request in self.untouched if request.id not in planned]
+
+    def nobody_was_overtaken(self, planned):
+        passed_by = []
+        for request in self.untouched:
+            if request.id not in planned:
+                passed_by.append(request.rank)
+            else:
+                assert None not in passed_by
+                assert planned[request.id] not in passed_by
+                assert request.rank in (None, planned[request.id])
+
+    @precondition(lambda self: self.plan is not None)
+    @rule()
+    def complete(self):
+        outputs = self.scheduler.complete(self.plan, self.model(self.plan))
+        self.plan = None
+        for output in outputs:
+            assert output.request_id not in self.ends
+            assert len(output.token_ids) == len(output.logprobs)
+            self.tokens[output.request_id] += output.token_ids
+            if output.finish_reason:
+                self.ends[output.request_id] = output
+
+    @invariant()
+    def pages_and_requests_are_where_they_should_be(self):
+        self.scheduler.check_integrity()
+
+    def teardown(self):
+        if not hasattr(self, "scheduler"):
+            return
+        while self.scheduler.has_work:
+            if self.plan is None:
+                self.schedule()
+            self.complete()
+            self.steps_to_come -= 1
+            assert self.steps_to_come >= -1, "the request admitted first did not advance in every step"
+        assert all(load.used_pages == load.running == load.waiting == 0 for load in self.scheduler.loads())
+        assert self.ends.keys() == self.requests.keys()
+        for request_id, request in self.requests.items():
+            tokens, reason = solo_run(request, self.max_context)
+            end = self.ends[request_id]
+            if end.finish_reason == "abort":
+                assert self.tokens[request_id] == tokens[: len(self.tokens[request_id])]
+            else:
+                assert (self.tokens[request_id], end.finish_reason) == (tokens, reason)
+                assert end.stop_token == (tokens[-1] if reason == "stop" else None)
+
+
+AnyUse.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+test_every_request_ends_once_with_the_tokens_of_its_solo_run_whatever_happens = AnyUse.TestCase
+
+
+def test_a_long_prompt_is_prefilled_in_chunks_and_samples_after_the_last():
+    scheduler, model = make()
+    scheduler.submit(ask("long", 19))
+    plans = [chunks_of(step(scheduler, model)[0]) for _ in range(4)]
+    assert plans == [
+        [("long", 0, 8, False)],
+        [("long", 8, 8, False)],
+        [("long", 16, 3, True)],
+        [("long", 19, 1, True)],
+    ]
+
+
+def test_decodes_go_on_in_every_step_while_a_long_prompt_is_prefilled():
+    scheduler, model = make()
+    scheduler.submit(ask("short"))
+    step(scheduler, model)
+    scheduler.submit(ask("long", 19))
+    for start in (0, 8):
+        plan, _ = step(scheduler, model)
+        assert [chunk.sequence.request.id for chunk in plan.decodes[0]] == ["short"]
+        assert [(chunk.sequence.request.id, chunk.start) for chunk in plan.prefills[0]] == [("long", start)]
+
+
+def test_a_prompt_under_way_comes_before_a_new_one_which_gets_what_remains():
+    scheduler, model = make()
+    scheduler.submit(ask("first", 11))
+    scheduler.submit(ask("second", 9))
+    assert chunks_of(step(scheduler, model)[0]) == [("first", 0, 8, False)]
+    assert chunks_of(step(scheduler, model)[0]) == [("first", 8, 3, True), ("second", 0, 5, False)]
+
+
+def test_no_more_prompts_share_a_step_than_allowed():
+    scheduler, model = make(max_prefill_sequences=2)
+    for name in "abc":
+        scheduler.submit(ask(name, 2))
+    assert list(ranks_of(step(scheduler, model)[0])) == ["a", "b"]
+    assert [chunk.sequence.request.id for chunk in step(scheduler, model)[0].prefills[0]] == ["c"]
+
+
+def test_a_request_goes_to_the_rank_with_the_fewest_tokens_and_of_equals_the_lowest():
+    scheduler, model = make(num_ranks=3, max_prefill_tokens=32)
+    for name, length in [("a", 9), ("b", 5), ("c", 6), ("d", 2), ("e", 1), ("f", 1)]:
+        scheduler.submit(ask(name, length))
+    assert ranks_of(step(scheduler, model)[0]) == {"a": 0, "b": 1, "c": 2, "d": 1, "e": 2, "f": 1}
+
+
+def test_a_request_pinned_to_a_full_rank_holds_up_only_those_for_that_rank():
+    scheduler, model = make(num_ranks=2, max_batch=1)
+    scheduler.submit(ask("running", rank=0, max_tokens=3))
+    step(scheduler, model)
+    scheduler.submit(ask("pinned", rank=0))
+    scheduler.submit(ask("free"))
+    scheduler.submit(ask("later", rank=0))
+    assert ranks_of(step(scheduler, model)[0]) == {"running": 0, "free": 1}
+    assert scheduler.loads()[0].waiting == 2
+    step(scheduler, model)
+    assert ranks_of(step(scheduler, model)[0])["pinned"] == 0
+
+
+def test_a_large_request_is_not_overtaken_by_small_ones_that_would_fit():
+    scheduler, model = make(pages_per_rank=8, max_prefill_tokens=32)
+    scheduler.submit(ask("running", 6, max_tokens=6))
+    step(scheduler, model)
+    scheduler.submit(ask("large", 12))
+    scheduler.submit(ask("small", 1, max_tokens=1))
+    outputs = drain(scheduler, model)
+    assert [output.request_id for output in outputs if output.finish_reason] == ["running", "small", "large"]
+    assert outputs.index(next(o for o in outputs if o.request_id == "large")) < outputs.index(
+        next(o for o in outputs if o.request_id == "small")
+    )
+
+
+def test_when_pages_run_out_the_one_admitted_last_waits_and_no_token_changes_or_comes_twice():
+    scheduler, model = make(pages_per_rank=8)
+    requests = [ask("old", 3, max_tokens=12), ask("new", 4, max_tokens=12)]
+    for request in requests:
+        scheduler.submit(request)
+    outputs = []
+    while not scheduler.num_preemptions:
+        outputs += step(scheduler, model)[1]
+    assert scheduler.queue_length == 1
+    assert scheduler.loads()[0].running == 1
+    outputs += drain(scheduler, model)
+    for request in requests:
+        assert tokens_of(outputs, request.id) == solo_run(request, 16)[0]
+    assert [output.request_id for output in outputs if output.finish_reason] == ["old", "new"]
+
+
+def test_several_preempted_at_once_return_in_the_order_in_which_they_were_admitted():
+    scheduler, model = make(page_size=4, pages_per_rank=10, max_prefill_tokens=32)
+    for name, length in [("a", 4), ("b", 4), ("c", 4), ("d", 1), ("e", 1)]:
+        scheduler.submit(ask(name, length, max_tokens=8))
+    while not scheduler.num_preemptions:
+        plan, _ = step(scheduler, model)
+    assert list(ranks_of(plan)) == ["a", "b", "c"]
+    scheduler.submit(ask("f", 1))
+    admitted = []
+    while scheduler.has_work:
+        admitted += [chunk.sequence.request.id for chunk in step(scheduler, model)[0].prefills[0]]
+    assert admitted == ["d", "e", "f"]
+
+
+def test_whoever_is_admitted_has_room_to_grow_by_a_page_before_it_is_preempted():
+    scheduler, model = make(page_size=4, pages_per_rank=4, max_context=16)
+    scheduler.submit(ask("old", 4, max_tokens=12))
+    step(scheduler, model)
+    scheduler.submit(ask("new", 5, max_tokens=8))
+    for _ in range(4):
+        plan, _ = step(scheduler, model)
+        assert list(ranks_of(plan)) == ["old"]
+    drain(scheduler, model)
+    assert scheduler.num_preemptions == 0
+
+
+def test_those_admitted_together_leave_each_other_room():
+    scheduler, model = make(pages_per_rank=8)
+    for name in "abcd":
+        scheduler.submit(ask(name, 2, max_tokens=6))
+    assert list(ranks_of(step(scheduler, model)[0])) == ["a", "b", "c", "d"]
+    scheduler, model = make(pages_per_rank=7)
+    for name in "abcd":
+        scheduler.submit(ask(name, 2, max_tokens=2))
+    assert list(ranks_of(step(scheduler, model)[0])) == ["a", "b", "c"]
+    drain(scheduler, model)
+    assert scheduler.num_preemptions == 0
+
+
+def test_a_request_cancelled_while_its_step_runs_frees_its_pages_at_once_and_ends_with_abort():
+    scheduler, model = make()
+    scheduler.submit(ask("gone"))
+    scheduler.submit(ask("stays"))
+    plan = scheduler.schedule()
+    assert scheduler.cancel("gone")
+    assert scheduler.loads()[0].used_pages == 2
+    outputs = scheduler.complete(plan, model(plan))
+    assert [(output.request_id, output.finish_reason) for output in outputs] == [("gone", "abort"), ("stays", None)]
+    assert not scheduler.cancel("gone")
+    outputs += drain(scheduler, model)
+    assert tokens_of(outputs, "gone") == []
+    assert tokens_of(outputs, "stays") == solo_run(ask("stays"), 32)[0]
+
+
+def test_a_cancelled_request_is_told_of_even_when_nothing_else_is_left():
+    scheduler, model = make()
+    scheduler.submit(ask("only"))
+    assert scheduler.cancel("only")
+    with pytest.raises(DuplicateRequestError, match="only"):
+        scheduler.submit(ask("only"))
+    assert scheduler.has_work
+    plan, outputs = step(scheduler, model)
+    assert plan.empty
+    assert [(output.request_id, output.finish_reason) for output in outputs] == [("only", "abort")]
+    assert not scheduler.has_work
+    scheduler.submit(ask("only"))
+
+
+def test_cancelling_what_is_not_live_changes_nothing():
+    scheduler, model = make()
+    assert not scheduler.cancel("unknown")
+    scheduler.submit(ask("done", max_tokens=1))
+    drain(scheduler, model)
+    assert not scheduler.cancel("done")
+    assert not scheduler.has_work
+
+
+def test_a_full_queue_refuses_and_leaves_the_others_alone():
+    scheduler, model = make(max_queue=2)
+    for name in "ab":
+        scheduler.submit(ask(name))
+    with pytest.raises(QueueFullError, match="2 requests"):
+        scheduler.submit(ask("c"))
+    outputs = drain(scheduler, model)
+    assert {output.request_id for output in outputs} == {"a", "b"}
+    scheduler.submit(ask("c"))
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "text"),
+    [
+        ({"prompt": ()}, "prompt", "empty"),
+        ({"prompt": (3, 4, 32)}, "prompt", "token 32 at position 2"),
+        ({"prompt": (-1,)}, "prompt", "token -1 at position 0"),
+        ({"prompt": prompt_of(24)}, "prompt", "the context limit is 24 tokens; send at most 23"),
+        ({"rank": 2}, "rank", r"rank=2 .* 0\.\.1"),
+        ({"rank": -1}, "rank", "rank=-1"),
+        ({"params": SamplingParams(top_p=0)}, "top_p", "top_p=0"),
+        ({"params": SamplingParams(stop_token_ids=(32,))}, "stop_token_ids", "32"),
+    ],
+)
+def test_a_request_that_cannot_be_served_is_refused_by_name_and_leaves_no_trace(change, field, text):
+    scheduler, _ = make(num_ranks=2, max_context=24)
+    request = dataclasses.replace(ask("x"), **change)
+    with pytest.raises(InvalidRequestError, match=text) as caught:
+        scheduler.submit(request)
+    assert caught.value.field == field
+    assert not scheduler.has_work
+    scheduler.submit(ask("x"))
+
+
+def test_a_request_that_could_never_fit_the_cache_is_refused_or_without_max_tokens_cut_short():
+    scheduler, model = make(pages_per_rank=4)
+    with pytest.raises(InvalidRequestError, match="the KV cache of one attention rank is 8 tokens; send at most 7"):
+        scheduler.submit(ask("x", 8))
+    with pytest.raises(InvalidRequestError, match=r"max_tokens=9 can never fit.*use max_tokens <= 5"):
+        scheduler.submit(ask("x", 3, max_tokens=9))
+    scheduler.submit(ask("x", 3, max_tokens=None))
+    outputs = drain(scheduler, model)
+    assert len(outputs) == 5
+    assert outputs[-1].finish_reason == "length"
+
+
+def test_a_request_ends_at_whichever_limit_comes_first():
+    long = ask("long", 3, max_tokens=100)
+    tokens = solo_run(long, 32)[0]
+    for params, max_context, expected, reason in [
+        ({"max_tokens": 2}, 32, tokens[:2], "length"),
+        ({"max_tokens": 100}, 10, tokens[:7], "length"),
+        ({"max_tokens": 100, "stop_token_ids": (tokens[3],)}, 32, tokens[: tokens.index(tokens[3]) + 1], "stop"),
+    ]:
+        scheduler, model = make(max_context=max_context)
+        scheduler.submit(ask("x", 3, **params))
+        outputs = drain(scheduler, model)
+        assert tokens_of(outputs, "x") == expected
+        assert outputs[-1].finish_reason == reason
+        assert outputs[-1].stop_token == (tokens[3] if reason == "stop" else None)
+
+
+def test_an_end_of_sequence_token_ends_a_request_unless_ignored():
+    prompt = next(prompt_of(3, first) for first in range(VOCAB) if next_token(prompt_of(3, first)) in EOS)
+    for ignore_eos, length in [(False, 1), (True, 4)]:
+        scheduler, model = make()
+        scheduler.submit(Request("x", prompt, SamplingParams(ignore_eos=ignore_eos, max_tokens=4)))
+        assert len(tokens_of(drain(scheduler, model), "x")) == length
+
+
+@pytest.mark.parametrize(
+    ("limits", "text"),
+    [
+        ({"page_size": 0}, "page_size=0"),
+        ({"max_batch": -1}, "max_batch=-1"),
+        ({"max_queue": 1.5}, "max_queue=1.5"),
+        ({"pages_per_rank": 0}, "pages_per_rank=0"),
+        ({"max_context": 1}, "max_context=1"),
+    ],
+)
+def test_a_limit_that_cannot_work_is_refused_by_name(limits, text):
+    with pytest.raises(ConfigError, match=text):
+        EngineConfig(**limits)
