@@ -30,7 +30,7 @@ from tqdm import tqdm
 from jaxmoe.checkpoints.writer import save_hf
 from jaxmoe.demo import corpus
 from jaxmoe.errors import ConfigError, JaxmoeError
-from jaxmoe.models.decoder import Execution
+from jaxmoe.models.decoder import Execution, merge
 from jaxmoe.models.mixtral import Mixtral
 from jaxmoe.moe.placement import Placement, initial_placement
 from jaxmoe.sharding.mesh import MeshSpec, make_mesh
@@ -134,8 +134,8 @@ class Trainer:
         self.placement = initial_placement(self.config.layers, self.config.experts, self.config.experts)
         with jax.set_mesh(self.mesh):
             model = Mixtral(self.config, self.config.experts, jnp.float32, nnx.Rngs(seed))
-        self.graph, state = nnx.split(model)
-        self.params: Any = nnx.to_pure_dict(state)
+            self.abstract = nnx.eval_shape(lambda: model)
+        self.params: Any = nnx.to_pure_dict(nnx.state(model))
         schedule = optax.warmup_cosine_decay_schedule(
             0.0, recipe.peak_lr, min(recipe.warmup_steps, recipe.steps // 10), recipe.steps, recipe.peak_lr * 0.02
         )
@@ -148,15 +148,10 @@ class Trainer:
         self.opt_state = jax.device_put(self.optimizer.init(self.params), NamedSharding(self.mesh, P()))
         self.step = 0
 
-    def _model(self, params: Any) -> Mixtral:
-        state = nnx.state(nnx.eval_shape(lambda: Mixtral(self.config, self.config.experts, jnp.float32, nnx.Rngs(0))))
-        nnx.replace_by_pure_dict(state, params)
-        return nnx.merge(self.graph, state)
-
     def _loss(
         self, params: Any, windows: Int[Array, "B T1"], placement: Placement
     ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], Float[Array, "L E"]]]:
-        model = self._model(params)
+        model = merge(self.abstract, params)
         tokens, targets = windows[None, :, :-1], windows[:, 1:].reshape(-1)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[2]), tokens.shape)
         hidden, _, routed = model(tokens, positions, placement, None, Execution())

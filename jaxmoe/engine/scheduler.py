@@ -139,7 +139,7 @@ class Scheduler:
     def cancel(self, request_id: str) -> bool:
         """Ends a request and frees its pages; the next `complete` tells of it. False if no such request is live.
 
-        A step already planned may still run: nobody else gets its pages before the next `schedule`.
+        A step already planned may still run: its plan still names those pages, and nobody gets them before the next.
         """
         sequence = self._live.get(request_id)
         if sequence is None:

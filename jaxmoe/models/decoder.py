@@ -1,7 +1,8 @@
 """The skeleton that all families share: embed, layers of attention and experts, final norm, logits."""
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxmoe.models.attention import Attention
 from jaxmoe.models.config import ModelConfig
-from jaxmoe.models.kv_cache import KVCache, PagedContext
+from jaxmoe.models.kv_cache import PagedContext
 from jaxmoe.moe.dispatch import Strategy, mixture
 from jaxmoe.moe.experts import Experts
 from jaxmoe.moe.placement import Placement, choose_slots
@@ -21,6 +22,7 @@ from jaxmoe.sharding.mesh import RANKS
 from jaxmoe.sharding.rules import RULES, partition
 
 RANK_ROWS = P(RANKS, None, None)
+DecoderT = TypeVar("DecoderT", bound="Decoder")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +83,6 @@ class Decoder(nnx.Module):
         """
         tokens, positions = jax.sharding.reshard((tokens, positions), (RANK_ROWS, RANK_ROWS))
         x = self._embed(tokens)
-        valid = positions.reshape(positions.shape[0], -1) >= 0
 
         def one_layer(
             carry: tuple[Array, PagedContext | None], layer: int | Array
@@ -92,7 +93,7 @@ class Decoder(nnx.Module):
                 attended, context = self.attention(normed, positions, layer, context)
                 x = x + attended
                 normed = self._norm(x, self.expert_norm[layer])
-                logits, experts, weights, slots = self._route(normed, valid, layer, placement)
+                logits, experts, weights, slots = self._route(normed, positions, layer, placement)
                 x = x + mixture(
                     normed, slots, weights, self.experts, layer, execution.strategy, execution.capacity_factor
                 )
@@ -148,22 +149,26 @@ class Decoder(nnx.Module):
         return rms_norm(x, weight, self.config.norm_eps)
 
     def _route(
-        self, x: Float[Array, "R N D"], valid: Array, layer: int | Array, placement: Placement
+        self, x: Float[Array, "R N D"], positions: Int[Array, "R B T"], layer: int | Array, placement: Placement
     ) -> tuple[Array, Array, Array, Array]:
-        def local(x: Array, valid: Array, layer: Array, router: Array, placement: Placement) -> tuple[Array, ...]:
+        def local(x: Array, positions: Array, layer: Array, router: Array, placement: Placement) -> tuple[Array, ...]:
             logits = x[0] @ router[layer]
-            experts, weights = softmax_top_k(logits, self.config.experts_per_token, valid[0])
+            experts, weights = softmax_top_k(logits, self.config.experts_per_token, positions.reshape(-1) >= 0)
             slots = choose_slots(experts, placement.replica_slots[layer], placement.replica_count[layer])
             return logits[None], experts[None], weights[None], slots[None]
 
         with jax.named_scope("route"):
             run = jax.shard_map(
                 local,
-                in_specs=(RANK_ROWS, P(RANKS, None), P(), P(), P()),
+                in_specs=(RANK_ROWS, RANK_ROWS, P(), P(), P()),
                 out_specs=(RANK_ROWS, RANK_ROWS, RANK_ROWS, RANK_ROWS),
                 check_vma=False,
             )
-            return run(x, valid, jnp.asarray(layer), self.router[...], placement)
+            return run(x, positions, jnp.asarray(layer), self.router[...], placement)
 
 
-__all__ = ["Decoder", "Execution", "KVCache", "PagedContext", "Routed"]
+def merge(abstract: DecoderT, params: Mapping[str, Any]) -> DecoderT:
+    """The module with these parameters, inside a trace: the engine passes parameters as a plain dict of few leaves."""
+    graph, state = nnx.split(abstract)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)

@@ -1,0 +1,110 @@
+"""Reading safetensors files by byte range (https://huggingface.co/docs/safetensors): tensors are views of mapped files."""
+
+import dataclasses
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxmoe.errors import CheckpointError
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies."""
+
+    file: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+
+    def view(self) -> np.ndarray:
+        """The tensor's bytes, mapped; only what is indexed is read from disk."""
+        if self.dtype not in DTYPES:
+            raise CheckpointError(f"{self.file}: dtype {self.dtype} is not one of {', '.join(DTYPES)}")
+        return np.memmap(self.file, DTYPES[self.dtype], "r", self.offset, self.shape) if math.prod(self.shape) else (
+            np.zeros(self.shape, DTYPES[self.dtype])
+        )
+
+
+class SafetensorsCheckpoint:
+    """All tensors of a folder by name, over one file or the many of an index. Raises CheckpointError when one is not whole."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tensors: dict[str, StoredTensor] = {}
+        index = folder / INDEX
+        if index.exists():
+            wanted: dict[str, str] = read_json(index).get("weight_map", {})
+            for name in sorted(set(wanted.values())):
+                if "/" in name or "\\" in name:
+                    raise CheckpointError(f"{index}: file name {name!r} points outside the checkpoint folder")
+                stored = read_header(folder / name)
+                self.tensors.update({key: stored[key] for key in stored if wanted.get(key) == name})
+            absent = sorted(set(wanted) - set(self.tensors))
+            if absent:
+                raise CheckpointError(f"{index} names tensors that its files do not hold: {', '.join(absent[:8])}")
+        elif (folder / SINGLE).exists():
+            self.tensors = read_header(folder / SINGLE)
+        else:
+            raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}; download the whole checkpoint")
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(math.prod(t.shape) * DTYPES[t.dtype].itemsize for t in self.tensors.values() if t.dtype in DTYPES)
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file. Raises CheckpointError when the file is absent, cut short or not safetensors."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            prefix = stream.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+            if not 0 < length <= size - 8:
+                raise CheckpointError(f"{file} is cut short or not a safetensors file ({size} bytes); download it again")
+            header = json.loads(stream.read(length))
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        if size < 8 + length + end:
+            raise CheckpointError(
+                f"{file} is cut short: {size} bytes of the {8 + length + end} that its header promises; download it again"
+            )
+        tensors = {}
+        for name, entry in entries.items():
+            begin, stop = entry["data_offsets"]
+            stored = StoredTensor(file, 8 + length + begin, tuple(entry["shape"]), entry["dtype"])
+            item = DTYPES[stored.dtype].itemsize if stored.dtype in DTYPES else None
+            if item is not None and math.prod(stored.shape) * item != stop - begin:
+                raise CheckpointError(f"{file}: {name} has {stop - begin} bytes, not those of shape {stored.shape}")
+            tensors[name] = stored
+        return tensors
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing; download the whole checkpoint") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is not a readable safetensors file: {error}") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing; a checkpoint is a folder with config.json and *.safetensors") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is not readable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} must hold a JSON object, not {type(value).__name__}")
+    return value

@@ -1,0 +1,108 @@
+"""The step loop: schedule, run, complete. What the server runs, usable in a notebook."""
+
+import dataclasses
+import itertools
+import secrets
+from collections.abc import Iterator, Sequence
+
+from jaxmoe.engine.config import EngineConfig
+from jaxmoe.engine.model import Model, Progress, no_progress
+from jaxmoe.engine.request import Output, Request, SamplingParams
+from jaxmoe.engine.runner import Runner
+from jaxmoe.engine.scheduler import RankLoad, Scheduler
+
+
+class Engine:
+    """Continuous batching over one model. Not thread-safe: one thread submits, cancels and steps.
+
+    Compiles all its programs when it is made, reporting to `progress`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        config: EngineConfig = EngineConfig(),  # noqa: B008 - frozen
+        progress: Progress = no_progress,
+    ) -> None:
+        self.model = model
+        self.config = config
+        self._runner = Runner(model, config, progress)
+        self._scheduler = Scheduler(
+            config,
+            num_ranks=model.num_ranks,
+            pages_per_rank=self._runner.pages_per_rank,
+            max_context=self._runner.max_context,
+            eos_token_ids=frozenset(model.config.eos_token_ids),
+            vocab_size=model.config.vocab_size,
+        )
+        self._names = itertools.count()
+
+    @property
+    def max_context(self) -> int:
+        """Tokens that a prompt and its continuation may have together."""
+        return self._runner.max_context
+
+    @property
+    def pages_per_rank(self) -> int:
+        return self._runner.pages_per_rank
+
+    @property
+    def late_compiles(self) -> int:
+        """Programs compiled after warm-up; 0 unless a step had a shape that no bucket foresaw."""
+        return self._runner.executables.late_compiles
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    def submit(self, request: Request) -> None:
+        """Queues a request. Raises InvalidRequestError, QueueFullError or DuplicateRequestError and changes nothing."""
+        if request.params.seed is None:
+            request = dataclasses.replace(
+                request, params=dataclasses.replace(request.params, seed=secrets.randbits(32))
+            )
+        self._scheduler.submit(request)
+
+    def cancel(self, request_id: str) -> bool:
+        """Ends a request and frees its pages; its last Output says "abort". False when no such request is live."""
+        return self._scheduler.cancel(request_id)
+
+    def step(self) -> list[Output]:
+        """One step over everything that is live; [] when there is nothing to do."""
+        plan = self._scheduler.schedule()
+        sampled = {} if plan.empty else self._runner.run(plan)
+        return self._scheduler.complete(plan, sampled)
+
+    def loads(self) -> list[RankLoad]:
+        """What each attention rank carries."""
+        return self._scheduler.loads()
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError if a page or a request is not where it should be."""
+        self._scheduler.check_integrity()
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams = SamplingParams()  # noqa: B008 - frozen
+    ) -> Iterator[Output]:
+        """Continues all prompts together and yields what each step brings; `request_id` is the prompt's index as text.
+
+        Closing the iterator early cancels what is still running.
+        """
+        ids = {f"generate-{next(self._names)}": str(index) for index in range(len(prompts))}
+        live: set[str] = set()
+        try:
+            for (request_id, _), prompt in zip(ids.items(), prompts, strict=True):
+                self.submit(Request(request_id, tuple(int(token) for token in prompt), params))
+                live.add(request_id)
+            while live:
+                for output in self.step():
+                    if output.request_id not in ids:
+                        continue
+                    if output.finish_reason:
+                        live.discard(output.request_id)
+                    yield dataclasses.replace(output, request_id=ids[output.request_id])
+        finally:
+            for request_id in live:
+                self.cancel(request_id)
+            if live and self.has_work:
+                self.step()

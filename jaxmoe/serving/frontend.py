@@ -1,0 +1,108 @@
+"""The front end's process: the gRPC server, its health, and its way to an end. Never imports jax.
+
+Started by `server.Frontend` as `python -m jaxmoe.serving.frontend FD CONFIG`, with the link's socket at FD. A byte on standard
+input is a signal that reached the parent: the first drains, the second ends at once.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+
+import grpc
+import msgspec
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from smg_grpc_proto.generated import vllm_engine_pb2_grpc
+
+from jaxmoe.errors import UnavailableError
+from jaxmoe.serving.link import BindFailed, Bound, FrontendConfig
+from jaxmoe.serving.remote_engine import Phase, RemoteEngine
+from jaxmoe.serving.servicer import SERVICE, Servicer
+
+_OPTIONS = [
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.max_send_message_length", 64 << 20),
+    ("grpc.so_reuseport", 0),  # a second server on this port is an error, not a rival
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.keepalive_time_ms", 30_000),  # finds out that a client's machine is gone
+    ("grpc.keepalive_timeout_ms", 20_000),
+]
+
+
+async def main(sock: socket.socket, config: FrontendConfig) -> int:
+    """Serves until the parent asks for the end, or is gone. The exit code: 0 if it was asked and has drained."""
+    engine = RemoteEngine(step_timeout=config.step_timeout, max_backlog=config.max_backlog)
+    await engine.link.connect(sock)
+    health_servicer = health.aio.HealthServicer()
+    await _tell_health(engine, health_servicer)
+    server = grpc.aio.server(options=_OPTIONS)
+    vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server(Servicer(engine), server)
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    if config.reflection:
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    try:
+        port = server.add_insecure_port(f"{host}:{config.port}")
+    except RuntimeError:
+        engine.link.send(BindFailed(f"cannot listen on {host}:{config.port}; is another server running there?"))
+        engine.link.close()
+        return 1
+    await server.start()
+    engine.link.send(Bound(f"{host}:{port}"))
+
+    drain, cut = asyncio.Event(), asyncio.Event()
+    asyncio.get_running_loop().add_reader(sys.stdin.fileno(), _read_signals, drain, cut)
+    ways_to_end = [
+        asyncio.create_task(way)
+        for way in (_drained(engine, drain, config.drain_timeout), cut.wait(), engine.ended.wait())
+    ]
+    attendants = [
+        asyncio.create_task(attendant) for attendant in (engine.watch(), _follow_health(engine, health_servicer))
+    ]
+    await asyncio.wait(ways_to_end, return_when=asyncio.FIRST_COMPLETED)
+    exit_code = 0 if ways_to_end[0].done() else 1
+    await engine.end(UnavailableError("the server shut down before this request ended"))
+    await server.stop(grace=0.5)
+    for task in ways_to_end + attendants:
+        task.cancel()
+    engine.link.close()
+    return exit_code
+
+
+async def _drained(engine: RemoteEngine, asked: asyncio.Event, timeout: float) -> None:
+    await asked.wait()
+    await engine.drain(timeout)
+
+
+def _read_signals(drain: asyncio.Event, cut: asyncio.Event) -> None:
+    received = os.read(sys.stdin.fileno(), 16)
+    if not received:  # the parent is gone, and the link tells so too
+        asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
+    for _ in received:
+        (cut if drain.is_set() else drain).set()
+
+
+async def _follow_health(engine: RemoteEngine, servicer: health.aio.HealthServicer) -> None:
+    while True:
+        engine.phase_changed.clear()
+        await _tell_health(engine, servicer)
+        await engine.phase_changed.wait()
+
+
+async def _tell_health(engine: RemoteEngine, servicer: health.aio.HealthServicer) -> None:
+    status = health_pb2.HealthCheckResponse
+    for service in ("", SERVICE):
+        await servicer.set(service, status.SERVING if engine.phase is Phase.SERVING else status.NOT_SERVING)
+
+
+if __name__ == "__main__":
+    # A Ctrl-C at the terminal, or a service manager's SIGTERM to the whole group, is for the parent to pass on.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    config = msgspec.json.decode(sys.argv[2], type=FrontendConfig)
+    logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    sys.exit(asyncio.run(main(socket.socket(fileno=int(sys.argv[1])), config)))

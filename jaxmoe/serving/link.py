@@ -1,0 +1,273 @@
+"""What the engine's process and the front end's say to each other, over one unix socket pair.
+
+A frame on the wire is its length in four bytes, then a msgpack array that begins with the frame's name. The engine sends
+one `Outputs` per step, whatever the number of requests. Imports neither jax nor grpc.
+"""
+
+import asyncio
+import contextlib
+import logging
+import select
+import socket
+import time
+from collections.abc import Callable
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
+
+import msgspec
+
+from jaxmoe.engine.request import Output, Request
+
+logger = logging.getLogger(__name__)
+
+
+class LinkClosed(Exception):
+    """The process at the other end is gone, or has stopped reading."""
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What the front end knows of the model and tells clients.
+
+    model_path: the directory of the checkpoint; its tokenizer files are read from there.
+    max_context: tokens of prompt and generation together.
+    max_queue: requests that may wait for a place, over all ranks.
+    max_running: requests that may run at once, over all ranks; 0 if not known.
+    page_size: tokens per KV page.
+    default_sampling_params: what the checkpoint recommends; told to gateways, which merge it into their requests.
+    """
+
+    model_path: str
+    served_model_name: str
+    model_type: str
+    architectures: tuple[str, ...]
+    vocab_size: int
+    max_context: int
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None = None
+    pad_token_id: int | None = None
+    max_queue: int
+    max_running: int = 0
+    num_ranks: int
+    page_size: int
+    mesh: str = ""
+    dtype: str = ""
+    default_sampling_params: dict[str, float] = {}
+
+
+class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How the front end serves; see `server.run`."""
+
+    host: str
+    port: int
+    reflection: bool
+    drain_timeout: float
+    step_timeout: float
+    max_backlog: int
+    log_level: int
+
+
+class RankLoad(msgspec.Struct, frozen=True, array_like=True):
+    """What one attention rank carries. waiting: the queued requests that are pinned to it."""
+
+    running: int
+    waiting: int
+    used_pages: int
+    total_pages: int
+
+
+class Frame(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Base of all frames."""
+
+
+class Submit(Frame):
+    request: Request
+
+
+class Cancel(Frame):
+    ids: list[str]
+
+
+class AskLoads(Frame):
+    """Answered with `Loads` before the next step."""
+
+
+class Bound(Frame):
+    """The front end listens at this `host:port`."""
+
+    address: str
+
+
+class BindFailed(Frame):
+    message: str
+
+
+class Progress(Frame):
+    """How far the start has come; clients that are turned away read it."""
+
+    text: str
+
+
+class Ready(Frame):
+    info: ModelInfo
+
+
+class Outputs(Frame):
+    """What one step brought. Sent even when empty: it shows that the engine still steps."""
+
+    outputs: list[Output]
+
+
+class Rejected(Frame):
+    """The engine did not take a request."""
+
+    id: str
+    kind: Literal["invalid", "duplicate", "queue_full", "unavailable", "internal"]
+    message: str
+    field: str = ""
+
+
+class Loads(Frame):
+    ranks: list[RankLoad]
+
+
+class Fatal(Frame):
+    """The engine will not step again."""
+
+    message: str
+
+
+ToEngine: TypeAlias = Submit | Cancel | AskLoads | Bound | BindFailed
+ToFrontend: TypeAlias = Progress | Ready | Outputs | Rejected | Loads | Fatal
+
+_F = TypeVar("_F")
+_encoder = msgspec.msgpack.Encoder()
+
+
+def _encode(frame: Frame) -> bytes:
+    body = _encoder.encode(frame)
+    return len(body).to_bytes(4, "little") + body
+
+
+class _Splitter(Generic[_F]):
+    """Cuts a stream of bytes into frames."""
+
+    def __init__(self, frames: Any) -> None:
+        self._decode: Callable[[bytes], _F] = msgspec.msgpack.Decoder(frames).decode
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[_F]:
+        """The frames that `data` completes."""
+        self._buffer += data
+        frames, start = [], 0
+        while (body := start + 4) <= len(self._buffer):
+            end = body + int.from_bytes(self._buffer[start:body], "little")
+            if end > len(self._buffer):
+                break
+            frames.append(self._decode(bytes(self._buffer[body:end])))
+            start = end
+        del self._buffer[:start]
+        return frames
+
+
+class EngineLink:
+    """The engine's end, for one thread. Never waits for the reader, until more than `max_unread` bytes are unread;
+    then it says so in the log, and gives the link up after `patience` seconds without a byte read."""
+
+    def __init__(self, sock: socket.socket, *, max_unread: int = 64 << 20, patience: float = 60.0) -> None:
+        sock.setblocking(False)
+        self._socket = sock
+        self._splitter: _Splitter[ToEngine] = _Splitter(ToEngine)
+        self._unsent = bytearray()
+        self._max_unread = max_unread
+        self._patience = patience
+
+    def send(self, frame: ToFrontend) -> None:
+        """Raises LinkClosed if the front end is gone."""
+        self._unsent += _encode(frame)
+        self._flush()
+        if len(self._unsent) > self._max_unread:
+            logger.warning("the front end leaves %d MiB unread; the engine waits for it", len(self._unsent) >> 20)
+            while len(self._unsent) > self._max_unread:
+                if not self._wait(select.POLLOUT, self._patience):
+                    raise LinkClosed(f"the front end has read nothing for {self._patience:g} s")
+                self._flush()
+
+    def receive(self, *, block: bool) -> list[ToEngine]:
+        """All frames that have come; with `block`, at least one. Raises LinkClosed if the front end is gone."""
+        while True:
+            self._flush()
+            frames = self._read()
+            if frames or not block:
+                return frames
+            self._wait(select.POLLIN | (select.POLLOUT if self._unsent else 0))
+
+    def finish(self, timeout: float) -> None:
+        """Sends what is unsent and returns once the front end has closed its end, `timeout` seconds from now at most."""
+        deadline = time.monotonic() + timeout
+        with contextlib.suppress(LinkClosed):
+            while (left := deadline - time.monotonic()) > 0:
+                self.receive(block=False)
+                self._wait(select.POLLIN | (select.POLLOUT if self._unsent else 0), left)
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _read(self) -> list[ToEngine]:
+        frames: list[ToEngine] = []
+        while not frames:
+            try:
+                data = self._socket.recv(1 << 20)
+            except BlockingIOError:
+                break
+            except ConnectionError as error:
+                raise LinkClosed("the front end is gone") from error
+            if not data:
+                raise LinkClosed("the front end is gone")
+            frames.extend(self._splitter.feed(data))
+        return frames
+
+    def _flush(self) -> None:
+        try:
+            while self._unsent:
+                del self._unsent[: self._socket.send(self._unsent)]
+        except BlockingIOError:
+            pass
+        except ConnectionError as error:
+            raise LinkClosed("the front end is gone") from error
+
+    def _wait(self, events: int, timeout: float | None = None) -> bool:
+        poll = select.poll()
+        poll.register(self._socket, events)
+        return bool(poll.poll(None if timeout is None else timeout * 1000))
+
+
+class FrontendLink(asyncio.Protocol):
+    """The front end's end, on an event loop: calls `on_frame` for every frame, `on_close` when the engine is gone."""
+
+    def __init__(self, on_frame: Callable[[ToFrontend], None], on_close: Callable[[], None]) -> None:
+        self._on_frame = on_frame
+        self._on_close = on_close
+        self._splitter: _Splitter[ToFrontend] = _Splitter(ToFrontend)
+        self._transport: asyncio.Transport | None = None
+
+    async def connect(self, sock: socket.socket) -> None:
+        await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=sock)
+
+    def send(self, frame: ToEngine) -> None:
+        """Does nothing once the engine is gone; `on_close` has told of that."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(_encode(frame))
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        for frame in self._splitter.feed(data):
+            self._on_frame(frame)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._on_close()

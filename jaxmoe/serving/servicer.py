@@ -1,0 +1,389 @@
+"""`vllm.grpc.engine.VllmEngine`: the gRPC service that gateways speak, in front of the engine."""
+
+import asyncio
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import logging
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf import duration_pb2
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from smg_grpc_proto.generated import common_pb2
+from smg_grpc_proto.generated import vllm_engine_pb2 as pb
+from smg_grpc_proto.generated.vllm_engine_pb2_grpc import VllmEngineServicer
+
+from jaxmoe.engine.request import SamplingParams
+from jaxmoe.errors import DuplicateRequestError, InvalidRequestError, QueueFullError, UnavailableError
+from jaxmoe.serving.link import ModelInfo
+from jaxmoe.serving.remote_engine import EngineFailedError, Finish, Phase, RemoteEngine, SlowReaderError, Stream
+from jaxmoe.serving.tokenization import Detokenizer, pack_files
+
+logger = logging.getLogger(__name__)
+
+SERVICE = pb.DESCRIPTOR.services_by_name["VllmEngine"].full_name
+
+_MAX_REQUEST_ID = 512
+_MAX_STOPS = 32
+_MAX_STOP_LENGTH = 512
+_TOKENIZER_CHUNK = 1 << 20
+
+_STATUS: dict[type[Exception], grpc.StatusCode] = {
+    InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
+    DuplicateRequestError: grpc.StatusCode.ALREADY_EXISTS,
+    QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    SlowReaderError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    UnavailableError: grpc.StatusCode.UNAVAILABLE,
+    EngineFailedError: grpc.StatusCode.INTERNAL,
+}
+
+# Every other field that is set is refused by name, those of later versions of the protocol too.
+_HONOURED = frozenset(
+    "temperature top_p top_k max_tokens stop stop_token_ids ignore_eos logprobs seed truncate_prompt_tokens".split()
+)
+# These concern the text the client makes of the tokens; the first also the text in which stop strings are looked for.
+_LEFT_TO_CLIENT = frozenset("skip_special_tokens spaces_between_special_tokens include_stop_str_in_output".split())
+_REQUEST_FIELDS = frozenset("request_id tokenized text sampling_params stream data_parallel_rank".split())
+# Values beside the default that ask for nothing.
+_OFF: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "repetition_penalty": (1.0,),
+    "json_object": (False,),
+    "kv_transfer_params_json": ("", "{}"),
+}
+_ENGINE_FIELDS = {"prompt": "input", "rank": "data_parallel_rank"}
+
+
+class Servicer(VllmEngineServicer):
+    """All handlers run on one event loop, which never waits for the engine."""
+
+    def __init__(self, engine: RemoteEngine) -> None:
+        self._engine = engine
+        self._start = time.monotonic()
+        self._last_receive = 0.0
+        self._archive: bytes | None = None
+
+    async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
+        self._last_receive = time.time()
+        try:
+            await self._generate(request, context)
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            await _abort(context, error)
+
+    async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortResponse:
+        self._engine.abort(request.request_ids)
+        return pb.AbortResponse()
+
+    async def HealthCheck(self, request: Any, context: grpc.aio.ServicerContext) -> pb.HealthCheckResponse:
+        return pb.HealthCheckResponse(healthy=self._engine.phase is Phase.SERVING, message=self._engine.reason)
+
+    async def GetModelInfo(self, request: Any, context: grpc.aio.ServicerContext) -> pb.GetModelInfoResponse:
+        info = await self._info(context)
+        return pb.GetModelInfoResponse(
+            model_path=info.model_path,
+            is_generation=True,
+            max_context_length=info.max_context,
+            vocab_size=info.vocab_size,
+            served_model_name=info.served_model_name,
+            tokenizer_path="",  # so that gateways, which may not see our disk, ask GetTokenizer
+            model_type=info.model_type,
+            architectures=info.architectures,
+            eos_token_ids=info.eos_token_ids,
+            pad_token_id=info.pad_token_id,
+            bos_token_id=info.bos_token_id,
+            max_req_input_len=info.max_context - 1,
+            default_sampling_params_json=json.dumps(info.default_sampling_params) if info.default_sampling_params else "",
+        )
+
+    async def GetServerInfo(self, request: Any, context: grpc.aio.ServicerContext) -> pb.GetServerInfoResponse:
+        info = await self._info(context)
+        return pb.GetServerInfoResponse(
+            active_requests=self._engine.num_open,
+            last_receive_timestamp=self._last_receive,
+            uptime_seconds=time.monotonic() - self._start,
+            server_type="jaxmoe-grpc",
+            data_parallel_size=info.num_ranks,
+            block_size=info.page_size,
+            model_dtype=info.dtype,
+            max_num_seqs=info.max_running,
+        )
+
+    async def GetLoads(self, request: pb.GetLoadsRequest, context: grpc.aio.ServicerContext) -> pb.GetLoadsResponse:
+        try:
+            loads = await self._engine.loads()
+        except (UnavailableError, EngineFailedError) as error:
+            await _abort(context, error)
+        info = self._engine.info
+        # Requests that wait for whichever rank has a place first are counted evenly over the ranks.
+        unplaced = max(0, self._engine.num_live - sum(rank.running + rank.waiting for rank in loads))
+        report = []
+        for n, rank in enumerate(loads):
+            waiting = rank.waiting + (unplaced + len(loads) - 1 - n) // len(loads)
+            report.append(
+                pb.SchedulerLoad(
+                    dp_rank=n,
+                    num_running_reqs=rank.running,
+                    num_waiting_reqs=waiting,
+                    num_total_reqs=rank.running + waiting,
+                    num_used_tokens=rank.used_pages * info.page_size,
+                    max_total_num_tokens=rank.total_pages * info.page_size,
+                    token_usage=rank.used_pages / max(1, rank.total_pages),
+                    max_running_requests=info.max_running // len(loads),
+                )
+            )
+        if request.HasField("dp_rank"):
+            report = [rank for rank in report if rank.dp_rank == request.dp_rank]
+        return pb.GetLoadsResponse(
+            timestamp=datetime.datetime.now(datetime.timezone.utc).isoformat(),
+            version=importlib.metadata.version("jaxmoe"),
+            dp_rank_count=len(report),
+            loads=report,
+        )
+
+    async def GetTokenizer(self, request: Any, context: grpc.aio.ServicerContext) -> None:
+        await self._info(context)
+        if self._engine.tokenizer is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"no tokenizer: {self._engine.tokenizer_problem}")
+        if self._archive is None:
+            self._archive = await asyncio.to_thread(pack_files, self._engine.tokenizer_files)
+        archive = self._archive
+        for start in range(0, len(archive), _TOKENIZER_CHUNK):
+            end = start + _TOKENIZER_CHUNK
+            checksum = hashlib.sha256(archive).hexdigest() if end >= len(archive) else ""
+            await context.write(common_pb2.GetTokenizerChunk(data=archive[start:end], sha256=checksum))
+
+    async def Embed(self, request: Any, context: grpc.aio.ServicerContext) -> NoReturn:
+        await _unimplemented(context, "this server generates tokens; it makes no embeddings")
+
+    async def FlushCache(self, request: Any, context: grpc.aio.ServicerContext) -> NoReturn:
+        await _unimplemented(context, "this version has no prefix cache to flush")
+
+    async def StartProfile(self, request: Any, context: grpc.aio.ServicerContext) -> NoReturn:
+        await _unimplemented(context, "this version has no profiling over gRPC")
+
+    async def StopProfile(self, request: Any, context: grpc.aio.ServicerContext) -> NoReturn:
+        await _unimplemented(context, "this version has no profiling over gRPC")
+
+    async def SubscribeKvEvents(self, request: Any, context: grpc.aio.ServicerContext) -> NoReturn:
+        await _unimplemented(context, "this version publishes no KV cache events")
+
+    async def _generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
+        engine, info, asked = self._engine, self._engine.info, request.sampling_params
+        _check_fields(request, info)
+        params = _sampling_params(asked, info)
+        stop = self._stop_strings(asked)
+        detokenizer = None
+        if stop and engine.tokenizer is not None:
+            detokenizer = Detokenizer(engine.tokenizer, skip_special_tokens=asked.skip_special_tokens)
+        request_id = request.request_id or str(uuid.uuid4())
+        with engine.open(request_id, streams=request.stream, stop=stop, detokenizer=detokenizer) as stream:
+            prompt = await self._prompt(request, info)
+            left = context.time_remaining()
+            if left is not None and left <= 0:
+                await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before the request began")
+            rank = request.data_parallel_rank if request.HasField("data_parallel_rank") else None
+            engine.submit(stream, prompt, params, rank)
+            send = _send_stream if request.stream else _send_whole
+            await send(stream, context, len(prompt), logprobs=asked.HasField("logprobs"))
+
+    async def _prompt(self, request: pb.GenerateRequest, info: ModelInfo) -> Sequence[int]:
+        if request.WhichOneof("input") == "text":
+            field = "text"
+            prompt: Sequence[int] = await asyncio.to_thread(self._encode, request.text, info)
+        else:
+            field, prompt = "tokenized.input_ids", request.tokenized.input_ids
+        if request.sampling_params.HasField("truncate_prompt_tokens"):
+            length = request.sampling_params.truncate_prompt_tokens
+            prompt = prompt[-(info.max_context - 1 if length == -1 else length) :]
+        if not prompt:
+            raise InvalidRequestError("the prompt is empty; send at least one token", field)
+        if len(prompt) >= info.max_context:
+            raise _too_long(f"{len(prompt)}", info, field)
+        if max(prompt) >= info.vocab_size:
+            position = next(n for n, token in enumerate(prompt) if token >= info.vocab_size)
+            raise InvalidRequestError(
+                f"prompt token {prompt[position]} at position {position} is outside the vocabulary of {info.vocab_size}",
+                field,
+            )
+        return prompt
+
+    def _encode(self, text: str, info: ModelInfo) -> list[int]:
+        tokenizer = self._engine.tokenizer
+        if tokenizer is None:
+            raise InvalidRequestError(
+                f"this server has no tokenizer ({self._engine.tokenizer_problem}); send `tokenized`", "text"
+            )
+        if len(text) > info.max_context * tokenizer.longest_token:  # not worth the time to count
+            raise _too_long(f"at least {len(text) // tokenizer.longest_token}", info, "text")
+        return tokenizer.encode(text)
+
+    def _stop_strings(self, asked: pb.SamplingParams) -> Sequence[str]:
+        field = "stop"
+        if len(asked.stop) > _MAX_STOPS:
+            raise InvalidRequestError(f"{len(asked.stop)} stop strings; send at most {_MAX_STOPS}", field)
+        for stop in asked.stop:
+            if not 0 < len(stop) <= _MAX_STOP_LENGTH:
+                raise InvalidRequestError(
+                    f"a stop string of {len(stop)} characters; send 1 to {_MAX_STOP_LENGTH} characters", field
+                )
+        if asked.stop and self._engine.tokenizer is None:
+            raise InvalidRequestError(
+                f"stop strings need a tokenizer ({self._engine.tokenizer_problem}); send stop_token_ids", field
+            )
+        return tuple(asked.stop)
+
+    async def _info(self, context: grpc.aio.ServicerContext) -> ModelInfo:
+        try:
+            return self._engine.info
+        except UnavailableError as error:
+            await _abort(context, error)
+
+
+async def _send_stream(
+    stream: Stream, context: grpc.aio.ServicerContext, prompt_tokens: int, *, logprobs: bool
+) -> None:
+    """What has come since the last write goes out together: one chunk a step, more tokens a chunk for a slow reader."""
+    total = 0
+    finish = None
+    while finish is None:
+        piece = await stream.read()
+        finish = piece.finish
+        if not piece.token_ids:
+            continue
+        total += len(piece.token_ids)
+        chunk = pb.GenerateStreamChunk(
+            token_ids=piece.token_ids, prompt_tokens=prompt_tokens, completion_tokens=len(piece.token_ids)
+        )
+        if logprobs:
+            chunk.output_logprobs.MergeFrom(_logprobs(piece.token_ids, piece.logprobs))
+        await context.write(pb.GenerateResponse(chunk=chunk))
+    await context.write(pb.GenerateResponse(complete=_complete(finish, prompt_tokens, total)))
+
+
+async def _send_whole(
+    stream: Stream, context: grpc.aio.ServicerContext, prompt_tokens: int, *, logprobs: bool
+) -> None:
+    tokens: list[int] = []
+    values: list[float] = []
+    finish = None
+    while finish is None:
+        piece = await stream.read()
+        tokens += piece.token_ids
+        values += piece.logprobs
+        finish = piece.finish
+    complete = _complete(finish, prompt_tokens, len(tokens))
+    complete.output_ids.extend(tokens)
+    if logprobs:
+        complete.output_logprobs.MergeFrom(_logprobs(tokens, values))
+    await context.write(pb.GenerateResponse(complete=complete))
+
+
+def _logprobs(token_ids: Sequence[int], values: Sequence[float]) -> pb.OutputLogProbs:
+    return pb.OutputLogProbs(token_ids=token_ids, token_logprobs=values)
+
+
+def _complete(finish: Finish, prompt_tokens: int, completion_tokens: int) -> pb.GenerateComplete:
+    return pb.GenerateComplete(
+        finish_reason=finish.reason,
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        matched_token_id=finish.stop_token,
+        matched_stop_str=finish.stop_string,
+    )
+
+
+def _check_fields(request: pb.GenerateRequest, info: ModelInfo) -> None:
+    """Raises InvalidRequestError for a field that cannot be honoured, naming it."""
+    if len(request.request_id) > _MAX_REQUEST_ID:
+        raise InvalidRequestError(
+            f"a request id of {len(request.request_id)} characters; send at most {_MAX_REQUEST_ID}", "request_id"
+        )
+    _refuse_others(request, _REQUEST_FIELDS)
+    _refuse_others(request.sampling_params, _HONOURED | _LEFT_TO_CLIENT)
+    if request.WhichOneof("input") is None:
+        raise InvalidRequestError("the request has neither `tokenized` nor `text`; send one of them", "input")
+    asked = request.sampling_params
+    if asked.logprobs not in (0, 1):
+        raise InvalidRequestError(
+            f"logprobs={asked.logprobs} is not supported by this version, which reports the chosen token's only; "
+            "send 0 or 1",
+            "logprobs",
+        )
+    if asked.HasField("truncate_prompt_tokens") and asked.truncate_prompt_tokens < 1 and asked.truncate_prompt_tokens != -1:
+        raise InvalidRequestError(
+            f"truncate_prompt_tokens={asked.truncate_prompt_tokens} must be >= 1, or -1 for all that fit",
+            "truncate_prompt_tokens",
+        )
+    if request.HasField("data_parallel_rank") and not 0 <= request.data_parallel_rank < info.num_ranks:
+        raise InvalidRequestError(
+            f"data_parallel_rank={request.data_parallel_rank} is not one of the attention ranks 0..{info.num_ranks - 1}",
+            "data_parallel_rank",
+        )
+
+
+def _refuse_others(message: Message, known: frozenset[str]) -> None:
+    for field, value in message.ListFields():
+        if field.name not in known and value not in _OFF.get(field.name, ()):
+            shown = f"{field.name}={value}" if isinstance(value, int | float) else field.name
+            raise InvalidRequestError(f"{shown} is not supported by this version; leave it out", field.name)
+
+
+def _sampling_params(asked: pb.SamplingParams, info: ModelInfo) -> SamplingParams:
+    """Zero means unset, where the protocol cannot tell the two apart."""
+    params = SamplingParams(
+        temperature=asked.temperature if asked.HasField("temperature") else 1.0,
+        top_k=min(asked.top_k, info.vocab_size),
+        top_p=asked.top_p or 1.0,
+        seed=asked.seed if asked.HasField("seed") else None,
+        max_tokens=asked.max_tokens if asked.HasField("max_tokens") else None,
+        stop_token_ids=tuple(asked.stop_token_ids),
+        ignore_eos=asked.ignore_eos,
+    )
+    params.validate(info.vocab_size)
+    return params
+
+
+def _too_long(length: str, info: ModelInfo, field: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"prompt of {length} tokens leaves no room to generate: the context limit is {info.max_context} tokens; "
+        f"send at most {info.max_context - 1}",
+        field,
+    )
+
+
+async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:
+    """Ends an RPC with the error's status and, where there is one, its google.rpc detail."""
+    code, text = _STATUS.get(type(error)), str(error)
+    if code is None:
+        logger.error("a handler failed", exc_info=error)
+        code, text = grpc.StatusCode.INTERNAL, "the server failed; its log has the details"
+    status = status_pb2.Status(code=code.value[0], message=text)
+    if isinstance(error, InvalidRequestError):
+        violation = error_details_pb2.BadRequest.FieldViolation(field=_field_path(error.field), description=text)
+        status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    elif isinstance(error, QueueFullError):
+        delay = duration_pb2.Duration(seconds=1)
+        status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+    details = (("grpc-status-details-bin", status.SerializeToString()),) if status.details else ()
+    await context.abort(code, text, details)
+    raise AssertionError("abort returned")
+
+
+def _field_path(field: str) -> str:
+    """Where in a GenerateRequest the field is that an error names."""
+    if field in pb.SamplingParams.DESCRIPTOR.fields_by_name:
+        return f"sampling_params.{field}"
+    return _ENGINE_FIELDS.get(field, field)
+
+
+async def _unimplemented(context: grpc.aio.ServicerContext, text: str) -> NoReturn:
+    await context.abort(grpc.StatusCode.UNIMPLEMENTED, text)
+    raise AssertionError("abort returned")

@@ -1,0 +1,20 @@
+"""Virtual devices: one CPU acting as many, with the very code that runs on accelerators."""
+
+import jax
+
+from jaxmoe.errors import MeshError
+
+
+def virtual_devices(count: int) -> None:
+    """Makes the CPU act as at least `count` devices. Has no effect on accelerators; raises MeshError once it is too late."""
+    if jax.config.jax_num_cpu_devices >= count:
+        return
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:
+        # JAX fixes the number of devices when it is first used.
+        if len(jax.devices()) < count and jax.devices()[0].platform == "cpu":
+            raise MeshError(
+                f"{count} devices are needed and JAX already runs with {len(jax.devices())}; "
+                f"call jaxmoe.virtual_devices({count}) or load the largest mesh before any other JAX computation"
+            ) from None
