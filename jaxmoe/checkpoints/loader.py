@@ -28,6 +28,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json")
 
 
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """`generation_config.json`, or {} where a checkpoint has none."""
+    file = folder / "generation_config.json"
+    return read_json(file) if file.exists() else {}
+
+
 def load_params(
     folder: Path,
     abstract: nnx.Module,

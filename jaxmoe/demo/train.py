@@ -154,7 +154,7 @@ class Trainer:
         model = merge(self.abstract, params)
         tokens, targets = windows[None, :, :-1], windows[:, 1:].reshape(-1)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[2]), tokens.shape)
-        hidden, _, routed = model(tokens, positions, placement, None, Execution())
+        hidden, _, routed = model(tokens, positions, placement, None, Execution(unroll=True))
         logits, routed = jax.sharding.reshard((model.logits(hidden), routed), P())
         logits = logits[0]
         cross_entropy = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets))

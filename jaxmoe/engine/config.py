@@ -16,6 +16,8 @@ class EngineConfig:
     max_prefill_tokens: prompt tokens prefilled in one step; a longer prompt is split over several.
     max_prefill_sequences: sequences whose chunks may share one prefill step.
     max_queue: requests that wait for a place, over all ranks; one more is refused.
+    warm_up: compile every step program before the first request, as a server must; without it each is compiled when a
+        step first needs it, which suits a notebook.
     """
 
     page_size: int = 16
@@ -25,11 +27,12 @@ class EngineConfig:
     max_prefill_tokens: int = 256
     max_prefill_sequences: int = 8
     max_queue: int = 1024
+    warm_up: bool = True
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is None and field.default is None:
+            if field.name == "warm_up" or (value is None and field.default is None):
                 continue
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{field.name}={value!r} must be a whole number of at least 1")

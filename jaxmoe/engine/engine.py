@@ -32,7 +32,7 @@ class Engine:
             num_ranks=model.num_ranks,
             pages_per_rank=self._runner.pages_per_rank,
             max_context=self._runner.max_context,
-            eos_token_ids=frozenset(model.config.eos_token_ids),
+            eos_token_ids=frozenset(model.eos_token_ids),
             vocab_size=model.config.vocab_size,
         )
         self._names = itertools.count()
@@ -45,6 +45,14 @@ class Engine:
     @property
     def pages_per_rank(self) -> int:
         return self._runner.pages_per_rank
+
+    def describe(self) -> str:
+        """One line for a log: the limits in force."""
+        tokens = self.pages_per_rank * self.config.page_size
+        return (
+            f"context {self.max_context} tokens, {self.config.max_batch} sequences and {tokens} tokens of KV cache "
+            f"({self._runner.cache_bytes / 2**20:.0f} MiB) on each of {self.model.num_ranks} attention ranks"
+        )
 
     @property
     def late_compiles(self) -> int:

@@ -26,12 +26,16 @@ COMPILE_THREADS = 2
 
 
 class Executables:
-    """Step programs by shape. `late_compiles` counts those that warm-up did not foresee: 0 in good health."""
+    """Step programs by shape. `late_compiles` counts those that warm-up did not foresee: 0 in good health.
+
+    Without a warm-up each program is compiled when it is first needed.
+    """
 
     def __init__(self, model: Model, cache: KVCache) -> None:
         self._model = model
         self._cache_shape = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), cache)
         self._compiled: dict[StepShape, Any] = {}
+        self._warm = False
         self.late_compiles = 0
 
     def warm_up(self, shapes: Iterable[StepShape], progress: Progress = no_progress) -> None:
@@ -42,11 +46,13 @@ class Executables:
             for done, job in enumerate(as_completed(jobs), 1):
                 self._compiled[jobs[job]] = job.result()
                 progress("compiling", done, len(shapes))
+        self._warm = True
 
     def __call__(self, shape: StepShape, cache: KVCache, packed: Array) -> tuple[KVCache, Int[Array, "R B two"]]:
         if shape not in self._compiled:
-            self.late_compiles += 1
-            log.error("compiling after warm-up: %s; no warmed-up shape fits this step", shape)
+            if self._warm:
+                self.late_compiles += 1
+                log.error("compiling after warm-up: %s; no warmed-up shape fits this step", shape)
             self._compiled[shape] = self.compile(shape)
         return self._compiled[shape](self._model.params, self._model.placement, cache, packed)
 

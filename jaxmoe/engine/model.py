@@ -13,8 +13,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from jaxmoe.checkpoints.loader import load_params, read_config
+from jaxmoe.checkpoints.loader import load_params, read_config, read_generation_config
 from jaxmoe.errors import ConfigError, InvalidRequestError
+from jaxmoe.models.config import token_ids
 from jaxmoe.models.decoder import RANK_ROWS, Decoder, Execution, merge
 from jaxmoe.models.registry import family_of
 from jaxmoe.moe.placement import initial_placement
@@ -53,8 +54,16 @@ class Model:
         self.execution = execution
         self.mesh_spec = MeshSpec.parse(mesh) if isinstance(mesh, str) else mesh
         hf = read_config(self.folder)
+        generation = read_generation_config(self.folder)
         family = family_of(hf)
         self.config = family.config(hf)
+        # generation_config.json, where there is one, has the last word on what ends a generation.
+        self.eos_token_ids = token_ids(generation, "eos_token_id") or self.config.eos_token_ids
+        self.recommended_sampling = {
+            name: generation[name]
+            for name in ("temperature", "top_p", "top_k")
+            if isinstance(generation.get(name), int | float) and generation.get("do_sample", True)
+        }
         config, spec = self.config, self.mesh_spec
         check_divisible(spec, heads=config.heads, kv_heads=config.kv_heads, expert_width=config.expert_width)
         virtual_devices(spec.num_devices)
@@ -85,6 +94,15 @@ class Model:
     @property
     def num_parameters(self) -> int:
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+
+    def describe(self) -> str:
+        """One line for a log: what was loaded, where."""
+        config = self.config
+        return (
+            f"{config.model_type} of {self.num_parameters / 1e6:,.1f} M parameters "
+            f"({config.experts} experts, {config.experts_per_token} a token) in {self.dtype} on {self.mesh_spec}, "
+            f"{self.mesh.devices.flat[0].device_kind}"
+        )
 
     def logits(self, token_ids: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "B T V"]:
         """Logits at every position of every row, float32, without a cache. Raises InvalidRequestError on a bad id or shape.

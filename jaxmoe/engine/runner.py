@@ -30,7 +30,13 @@ class Runner:
         self._buckets = Buckets(config, self.max_context)
         self._packed_sharding = NamedSharding(model.mesh, PACKED)
         self.executables = Executables(model, self._cache)
-        self.executables.warm_up(self._buckets, progress)
+        if config.warm_up:
+            self.executables.warm_up(self._buckets, progress)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of KV cache on one attention rank, over its `tp` devices."""
+        return sum(array.nbytes for array in self._cache) // self.model.num_ranks
 
     def run(self, plan: StepPlan) -> dict[str, tuple[int, float]]:
         """Token and log-probability, by request id, of every chunk of the plan that samples."""

@@ -58,12 +58,12 @@ class Attention(nnx.Module):
             key_positions = positions
             stores: tuple[Array, ...] = ()
             if paged:
-                keys, values, table = (array.squeeze(axis) for array, axis in zip(paging, (1, 1, 0), strict=True))
+                keys, values, (table,) = paging
                 keys = kv_cache.write(keys, layer, k, positions, table)
                 values = kv_cache.write(values, layer, v, positions, table)
                 k, v = kv_cache.read(keys, layer, table), kv_cache.read(values, layer, table)
                 key_positions = jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2])
-                stores = (keys[:, None], values[:, None])
+                stores = (keys, values)
             mask = causal_mask(positions, key_positions, config.sliding_window)
             mixed = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask, config.head_dim**-0.5)
             result = jnp.einsum("bthk,hkd->btd", mixed, out[layer]).reshape(x.shape)

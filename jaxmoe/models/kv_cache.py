@@ -1,7 +1,7 @@
 """The paged key-value cache on the device, and how a batch addresses it.
 
-Every attention rank owns `pages * page_size` token places a layer; a block table names, for each sequence of the batch,
-the pages that hold its context in order. Token p of a sequence lies in page table[p // page_size], place p % page_size.
+Every attention rank owns its run of the pages' axis, which is split over ranks; a block table names, for each sequence of the batch,
+the pages that hold its context in order, numbered from 0 on each rank. Token p of a sequence lies in page table[p // page_size], place p % page_size.
 """
 
 from typing import NamedTuple
@@ -19,10 +19,10 @@ from jaxmoe.sharding.rules import partition
 class KVCache(NamedTuple):
     """Keys (already rotated) and values of all layers."""
 
-    keys: Float[Array, "L R P page Kv d"]
-    values: Float[Array, "L R P page Kv d"]
+    keys: Float[Array, "L pages_of_all_ranks page Kv d"]
+    values: Float[Array, "L pages_of_all_ranks page Kv d"]
 
-    PARTITION = partition(None, "ranks", None, None, "kv_heads", None)
+    PARTITION = partition(None, "ranks", None, "kv_heads", None)
 
 
 class PagedContext(NamedTuple):
@@ -36,7 +36,7 @@ def make_cache(
     config: ModelConfig, mesh: jax.sharding.Mesh, pages_per_rank: int, page_size: int, dtype: jnp.dtype
 ) -> KVCache:
     """An empty cache, allocated on its devices."""
-    shape = (config.layers, spec_of(mesh).num_ranks, pages_per_rank, page_size, config.kv_heads, config.head_dim)
+    shape = (config.layers, spec_of(mesh).num_ranks * pages_per_rank, page_size, config.kv_heads, config.head_dim)
     sharding = NamedSharding(mesh, KVCache.PARTITION)
     zeros = jax.jit(lambda: jnp.zeros(shape, dtype, out_sharding=KVCache.PARTITION), out_shardings=sharding)
     with jax.set_mesh(mesh):

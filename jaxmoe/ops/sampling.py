@@ -66,7 +66,7 @@ def keep_likely(
 def _greatest(holds: Callable[[Int[Array, "B"]], Bool[Array, "B"]], shape: tuple[int, ...]) -> Int[Array, "B"]:
     """The greatest bit pattern for which a monotone condition holds; it holds for 0."""
 
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = (low + high + 1) // 2
         ok = holds(middle)

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from jaxmoe.engine.request import Output, Request
@@ -17,6 +17,7 @@ from jaxmoe.serving.link import (
     Outputs,
     RankLoad,
     Rejected,
+    Serving,
     Submit,
 )
 
@@ -45,8 +46,10 @@ class EngineLike(Protocol):
     def loads(self) -> Iterable[EngineRankLoad]: ...
 
 
-def serve_engine(engine: EngineLike, link: EngineLink) -> None:
+def serve_engine(engine: EngineLike, link: EngineLink, *, on_serving: Callable[[], object] = lambda: None) -> None:
     """Runs the engine for the front end at the other end of the link; returns once that is gone.
+
+    on_serving: called once the front end, told that the engine is ready, lets requests through.
 
     A request the engine refuses is told so and disturbs nothing else. If the engine fails in any other way, the front
     end is told that it is lost, and the exception is raised.
@@ -63,6 +66,8 @@ def serve_engine(engine: EngineLike, link: EngineLink) -> None:
                             engine.cancel(request_id)
                     case AskLoads():
                         link.send(_loads(engine))
+                    case Serving():
+                        on_serving()
             if engine.has_work:
                 link.send(Outputs(engine.step()))
     except LinkClosed as closed:
@@ -87,7 +92,9 @@ def _submit(engine: EngineLike, request: Request) -> Rejected | None:
         return Rejected(request.id, "unavailable", str(error))
     except Exception:
         logger.exception("the engine failed to take a request")
-        return Rejected(request.id, "internal", "the engine failed to take this request; the server's log has the details")
+        return Rejected(
+            request.id, "internal", "the engine failed to take this request; the server's log has the details"
+        )
     return None
 
 

@@ -1,7 +1,7 @@
 """The front end's process: the gRPC server, its health, and its way to an end. Never imports jax.
 
-Started by `server.Frontend` as `python -m jaxmoe.serving.frontend FD CONFIG`, with the link's socket at FD. A byte on standard
-input is a signal that reached the parent: the first drains, the second ends at once.
+Started by `server.Frontend` as `python -m jaxmoe.serving.frontend FD CONFIG`, with the link's socket at FD. A byte on
+standard input is the number of a signal that reached the parent: the first drains, the second ends at once.
 """
 
 import asyncio
@@ -31,6 +31,9 @@ _OPTIONS = [
     ("grpc.keepalive_time_ms", 30_000),  # finds out that a client's machine is gone
     ("grpc.keepalive_timeout_ms", 20_000),
 ]
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 async def main(sock: socket.socket, config: FrontendConfig) -> int:
@@ -82,8 +85,9 @@ def _read_signals(drain: asyncio.Event, cut: asyncio.Event) -> None:
     received = os.read(sys.stdin.fileno(), 16)
     if not received:  # the parent is gone, and the link tells so too
         asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
-    for _ in received:
-        (cut if drain.is_set() else drain).set()
+    for number in received:
+        if number in _SIGNALS:
+            (cut if drain.is_set() else drain).set()
 
 
 async def _follow_health(engine: RemoteEngine, servicer: health.aio.HealthServicer) -> None:
@@ -101,7 +105,7 @@ async def _tell_health(engine: RemoteEngine, servicer: health.aio.HealthServicer
 
 if __name__ == "__main__":
     # A Ctrl-C at the terminal, or a service manager's SIGTERM to the whole group, is for the parent to pass on.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     config = msgspec.json.decode(sys.argv[2], type=FrontendConfig)
     logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

@@ -1,7 +1,7 @@
 """What the engine's process and the front end's say to each other, over one unix socket pair.
 
-A frame on the wire is its length in four bytes, then a msgpack array that begins with the frame's name. The engine sends
-one `Outputs` per step, whatever the number of requests. Imports neither jax nor grpc.
+A frame on the wire is its length in four bytes, then a msgpack array that begins with the frame's name. The engine
+sends one `Outputs` per step, whatever the number of requests. Imports neither jax nor grpc.
 """
 
 import asyncio
@@ -74,7 +74,7 @@ class RankLoad(msgspec.Struct, frozen=True, array_like=True):
     total_pages: int
 
 
-class Frame(msgspec.Struct, frozen=True, array_like=True, tag=True):
+class Frame(msgspec.Struct, array_like=True, tag=True):
     """Base of all frames."""
 
 
@@ -98,6 +98,10 @@ class Bound(Frame):
 
 class BindFailed(Frame):
     message: str
+
+
+class Serving(Frame):
+    """The front end lets requests through."""
 
 
 class Progress(Frame):
@@ -135,7 +139,7 @@ class Fatal(Frame):
     message: str
 
 
-ToEngine: TypeAlias = Submit | Cancel | AskLoads | Bound | BindFailed
+ToEngine: TypeAlias = Submit | Cancel | AskLoads | Bound | BindFailed | Serving
 ToFrontend: TypeAlias = Progress | Ready | Outputs | Rejected | Loads | Fatal
 
 _F = TypeVar("_F")
@@ -201,7 +205,7 @@ class EngineLink:
             self._wait(select.POLLIN | (select.POLLOUT if self._unsent else 0))
 
     def finish(self, timeout: float) -> None:
-        """Sends what is unsent and returns once the front end has closed its end, `timeout` seconds from now at most."""
+        """Sends what is unsent, and returns once the front end has closed its end, or after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         with contextlib.suppress(LinkClosed):
             while (left := deadline - time.monotonic()) > 0:

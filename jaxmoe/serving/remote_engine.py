@@ -32,6 +32,7 @@ from jaxmoe.serving.link import (
     RankLoad,
     Ready,
     Rejected,
+    Serving,
     Submit,
     ToFrontend,
 )
@@ -204,7 +205,9 @@ class RemoteEngine:
         if self.phase is not Phase.SERVING:
             raise UnavailableError(self.reason)
         if request_id in self._open:
-            raise DuplicateRequestError(f"a request with id {request_id!r} is live; use another id, or wait for its end")
+            raise DuplicateRequestError(
+                f"a request with id {request_id!r} is live; use another id, or wait for its end"
+            )
         if self.info.max_running and len(self._live) >= self.info.max_running + self.info.max_queue:
             raise QueueFullError(f"{self.info.max_queue} requests wait already (max_queue); try again later")
         max_backlog = self._max_backlog if streams else None
@@ -326,6 +329,7 @@ class RemoteEngine:
         self._info = info
         if self.phase is Phase.STARTING:
             self._turn(Phase.SERVING, "serving")
+            self.link.send(Serving())
 
     def _lost(self) -> None:
         if self.phase is not Phase.ENDED:

@@ -3,11 +3,13 @@
 import contextlib
 import ipaddress
 import logging
+import os
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import TypeAlias
 
 import msgspec
@@ -69,21 +71,21 @@ def run(
         max_backlog=max_backlog,
         log_level=logging.getLogger().getEffectiveLevel(),
     )
-    with Frontend(config) as frontend, _signals_end_at_once():
+    with _handlers(signal.SIG_DFL), Frontend(config) as frontend:
         if on_bound:
             on_bound(frontend.address)
-        try:
+        with contextlib.suppress(LinkClosed):
             engine, info = build_engine(lambda text: frontend.link.send(Progress(text)))
             with frontend.signals():
                 frontend.link.send(Ready(info))
-                if on_ready:
-                    on_ready(frontend.address)
-                serve_engine(engine, frontend.link)
-        except LinkClosed:
-            pass
+                try:
+                    serve_engine(engine, frontend.link, on_serving=lambda: on_ready and on_ready(frontend.address))
+                except Exception:
+                    logger.exception("the engine failed; the server ends")
+                    return 1
         code = frontend.wait()
         if code:
-            logger.error("the front end ended with exit code %d before it was asked to", code)
+            logger.error("the front end is gone (exit code %d); the server ends", code)
         return 1 if code else 0
 
 
@@ -131,4 +133,45 @@ class Frontend:
         assert self._process.stdin is not None
         pipe = self._process.stdin.fileno()
         os.set_blocking(pipe, False)
-        ...
+        with _handlers(lambda number, frame: None):  # only signals with a handler are written to the wakeup fd
+            previous = signal.set_wakeup_fd(pipe, warn_on_full_buffer=False)
+            try:
+                yield
+            finally:
+                signal.set_wakeup_fd(previous)
+
+    def wait(self) -> int:
+        """Its exit code, once it has ended; it has ten seconds for that."""
+        try:
+            return self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+    def close(self) -> None:
+        self.link.close()
+        self.wait()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+
+
+@contextlib.contextmanager
+def _handlers(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> Iterator[None]:
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, earlier in previous.items():
+            signal.signal(number, earlier)
+
+
+def _check_host(host: str, *, insecure_bind: bool) -> None:
+    try:
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback and not insecure_bind:
+        raise ConfigError(
+            f"--host {host} opens a port that is neither encrypted nor authenticated beyond this machine; "
+            "use 127.0.0.1, or add --insecure-bind if the network is trusted"
+        )

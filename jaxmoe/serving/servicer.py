@@ -45,11 +45,22 @@ _STATUS: dict[type[Exception], grpc.StatusCode] = {
 
 # Every other field that is set is refused by name, those of later versions of the protocol too.
 _HONOURED = frozenset(
-    "temperature top_p top_k max_tokens stop stop_token_ids ignore_eos logprobs seed truncate_prompt_tokens".split()
+    {
+        "temperature",
+        "top_p",
+        "top_k",
+        "max_tokens",
+        "stop",
+        "stop_token_ids",
+        "ignore_eos",
+        "logprobs",
+        "seed",
+        "truncate_prompt_tokens",
+    }
 )
 # These concern the text the client makes of the tokens; the first also the text in which stop strings are looked for.
-_LEFT_TO_CLIENT = frozenset("skip_special_tokens spaces_between_special_tokens include_stop_str_in_output".split())
-_REQUEST_FIELDS = frozenset("request_id tokenized text sampling_params stream data_parallel_rank".split())
+_LEFT_TO_CLIENT = frozenset(("skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output"))
+_REQUEST_FIELDS = frozenset(("request_id", "tokenized", "text", "sampling_params", "stream", "data_parallel_rank"))
 # Values beside the default that ask for nothing.
 _OFF: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -100,7 +111,9 @@ class Servicer(VllmEngineServicer):
             pad_token_id=info.pad_token_id,
             bos_token_id=info.bos_token_id,
             max_req_input_len=info.max_context - 1,
-            default_sampling_params_json=json.dumps(info.default_sampling_params) if info.default_sampling_params else "",
+            default_sampling_params_json=json.dumps(info.default_sampling_params)
+            if info.default_sampling_params
+            else "",
         )
 
     async def GetServerInfo(self, request: Any, context: grpc.aio.ServicerContext) -> pb.GetServerInfoResponse:
@@ -142,7 +155,7 @@ class Servicer(VllmEngineServicer):
         if request.HasField("dp_rank"):
             report = [rank for rank in report if rank.dp_rank == request.dp_rank]
         return pb.GetLoadsResponse(
-            timestamp=datetime.datetime.now(datetime.timezone.utc).isoformat(),
+            timestamp=datetime.datetime.now(datetime.UTC).isoformat(),
             version=importlib.metadata.version("jaxmoe"),
             dp_rank_count=len(report),
             loads=report,
@@ -210,7 +223,8 @@ class Servicer(VllmEngineServicer):
         if max(prompt) >= info.vocab_size:
             position = next(n for n, token in enumerate(prompt) if token >= info.vocab_size)
             raise InvalidRequestError(
-                f"prompt token {prompt[position]} at position {position} is outside the vocabulary of {info.vocab_size}",
+                f"prompt token {prompt[position]} at position {position} is outside the vocabulary of "
+                f"{info.vocab_size}",
                 field,
             )
         return prompt
@@ -268,9 +282,7 @@ async def _send_stream(
     await context.write(pb.GenerateResponse(complete=_complete(finish, prompt_tokens, total)))
 
 
-async def _send_whole(
-    stream: Stream, context: grpc.aio.ServicerContext, prompt_tokens: int, *, logprobs: bool
-) -> None:
+async def _send_whole(stream: Stream, context: grpc.aio.ServicerContext, prompt_tokens: int, *, logprobs: bool) -> None:
     tokens: list[int] = []
     values: list[float] = []
     finish = None
@@ -317,14 +329,19 @@ def _check_fields(request: pb.GenerateRequest, info: ModelInfo) -> None:
             "send 0 or 1",
             "logprobs",
         )
-    if asked.HasField("truncate_prompt_tokens") and asked.truncate_prompt_tokens < 1 and asked.truncate_prompt_tokens != -1:
+    if (
+        asked.HasField("truncate_prompt_tokens")
+        and asked.truncate_prompt_tokens < 1
+        and asked.truncate_prompt_tokens != -1
+    ):
         raise InvalidRequestError(
             f"truncate_prompt_tokens={asked.truncate_prompt_tokens} must be >= 1, or -1 for all that fit",
             "truncate_prompt_tokens",
         )
     if request.HasField("data_parallel_rank") and not 0 <= request.data_parallel_rank < info.num_ranks:
         raise InvalidRequestError(
-            f"data_parallel_rank={request.data_parallel_rank} is not one of the attention ranks 0..{info.num_ranks - 1}",
+            f"data_parallel_rank={request.data_parallel_rank} is not one of the attention ranks "
+            f"0..{info.num_ranks - 1}",
             "data_parallel_rank",
         )
 

@@ -1,5 +1,5 @@
-"""Text to tokens and back: `tokenizer.json` without transformers, chat templates in a sandbox, and text that grows token
-by token. Imports neither jax nor grpc."""
+"""Text to tokens and back: `tokenizer.json` without transformers, chat templates in a sandbox, and text that grows
+token by token. Imports neither jax nor grpc."""
 
 import codecs
 import datetime
@@ -115,7 +115,8 @@ class Tokenizer:
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """The prompt that asks for the next answer in a conversation; it carries its special tokens as text.
 
-        messages: `{"role": "user", "content": "..."}` and so on. Raises InvalidRequestError if the template refuses them.
+        messages: `{"role": "user", "content": "..."}` and so on. Raises InvalidRequestError if the template refuses
+            them.
         """
         if self._chat_template is None:
             raise CheckpointError("the checkpoint has no chat template; send a prompt instead of a conversation")
@@ -140,7 +141,7 @@ class Tokenizer:
 
 
 class Detokenizer:
-    """Text that grows token by token, in whole characters: a character split over tokens comes with the last of them."""
+    """Text that grows token by token, in whole characters: one split over tokens comes with the last of them."""
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
@@ -160,8 +161,8 @@ class Detokenizer:
 class StopStrings:
     """Finds the first of some strings in a text that comes in pieces, however it is cut.
 
-    The one that is complete first counts; of two that are complete together, the longer. `push` gives what can be shown:
-    text that may yet turn out to be the beginning of a stop string is kept back.
+    The one that is complete first counts; of two that are complete together, the longer. `push` gives what can be
+    shown: text that may yet turn out to be the beginning of a stop string is kept back.
 
         stops = StopStrings(["END"])
         stops.push("one E")   -> "one "     and stops.matched is None

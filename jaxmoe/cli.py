@@ -1,0 +1,58 @@
+"""What the front doors share: arguments that name a model and a mesh, and start-up one can watch."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+COMPILE_CACHE = Path.home() / ".cache" / "jaxmoe" / "compiled"
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="PATH", help="checkpoint folder (default: the embedded demo model)")
+    parser.add_argument("--mesh", default="dp=1,ep=1", help="devices by axis: dp=D,ep=E[,tp=T] (default: %(default)s)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="to compute in")
+    parser.add_argument(
+        "--compile-cache",
+        metavar="DIR",
+        default=str(COMPILE_CACHE),
+        help="where compiled programs are kept for the next start; '' keeps none (default: %(default)s)",
+    )
+
+
+def use_compile_cache(folder: str) -> None:
+    """Keeps compiled programs in `folder`, unless JAX's own settings already name a place or `folder` is ''."""
+    import jax
+
+    if folder and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+class StartProgress:
+    """A bar a stage on stderr, with the time each took; `report` is told every change in words."""
+
+    def __init__(self, report: Any = lambda text: None) -> None:
+        self._report = report
+        self._stage = ""
+        self._bar: tqdm[Any] | None = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage != self._stage:
+            self.close()
+            self._stage, self._began = stage, time.monotonic()
+            self._bar = tqdm(total=total, desc=f"{stage:<16}", unit="", unit_scale=total > 10_000, file=sys.stderr, leave=True)
+        assert self._bar is not None
+        self._bar.update(done - self._bar.n)
+        self._report(f"{stage}: {100 * done // max(1, total)}%")
+        if done >= total:
+            self.close()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar, self._stage = None, ""

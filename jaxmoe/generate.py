@@ -1,0 +1,191 @@
+"""`python -m jaxmoe.generate "text"`: what a model says, at the terminal; from a server, or in this process."""
+
+import argparse
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+from jaxmoe.engine.request import SamplingParams
+from jaxmoe.errors import CheckpointError, InvalidRequestError, JaxmoeError
+from jaxmoe.serving.tokenization import AnswerText, Delta, Tokenizer
+
+
+class Source(Protocol):
+    """Where answers come from. max_context: tokens of prompt and answer together."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def max_context(self) -> int: ...
+    def generate(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None, stop: Sequence[str] = ()
+    ) -> Iterator[Delta]: ...
+
+
+class InProcess:
+    """An engine of our own."""
+
+    def __init__(self, model: str | None, **options: Any) -> None:
+        import jaxmoe  # here, so that a client of a server does not load jax
+
+        self._engine = jaxmoe.Engine(jaxmoe.load(model, **options))
+        self.max_context: int = self._engine.model_info.max_context
+        self.tokenizer = Tokenizer.load(self._engine.model_info.model_path)
+
+    def generate(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None, stop: Sequence[str] = ()
+    ) -> Iterator[Delta]:
+        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        text = AnswerText(self.tokenizer, stop)
+        with contextlib.closing(self._engine.generate([tokens], params or SamplingParams())) as outputs:
+            for output in outputs:
+                shown = text.push(output.token_ids, last=output.finish_reason is not None)
+                finish_reason = "stop" if text.stopped else output.finish_reason
+                yield Delta(output.token_ids, shown, finish_reason)
+                if finish_reason:
+                    return
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code: 0, 2 after an error that the user can mend, 130 if interrupted."""
+    options = _parse(arguments)
+    params = SamplingParams(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        max_tokens=options.max_tokens,
+    )
+    try:
+        with _source(options) as source:
+            if options.chat:
+                _chat(source, params, options.stop, first=options.text)
+            else:
+                for delta in source.generate(options.text, params, options.stop):
+                    print(delta.text, end="", flush=True)
+                print()
+    except JaxmoeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print()
+        return 130
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m jaxmoe.generate", description=__doc__)
+    parser.add_argument("text", nargs="?", help="what to continue; with --chat, the first message")
+    parser.add_argument("--chat", action="store_true", help="hold a conversation; Ctrl-C stops an answer, /quit leaves")
+    where = parser.add_argument_group("where it runs")
+    where.add_argument("--server", metavar="HOST:PORT", help="ask a running `python -m jaxmoe.serve`")
+    where.add_argument(
+        "--model", metavar="PATH", help="checkpoint to load in this process; the built-in demo if absent"
+    )
+    where.add_argument("--mesh", help="devices along each axis, as in dp=2,ep=4")
+    where.add_argument("--dtype", help="of the weights and activations, as in bfloat16")
+    how = parser.add_argument_group("how tokens are chosen")
+    how.add_argument("--max-tokens", type=int, default=256, metavar="N", help="length of an answer (default: 256)")
+    how.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
+    how.add_argument("--top-k", type=int, default=0, metavar="K", help="among the K most likely; 0, the default: all")
+    how.add_argument("--top-p", type=float, default=1.0, metavar="P", help="among the likeliest that make up P")
+    how.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same tokens")
+    how.add_argument("--stop", action="append", default=[], metavar="S", help="end before this string; may be repeated")
+    options = parser.parse_args(arguments)
+    if options.text is None and not options.chat:
+        parser.error("give a text to continue, or --chat")
+    if options.server and (options.model or options.mesh or options.dtype):
+        parser.error("--model, --mesh and --dtype are the server's to choose; leave them out with --server")
+    return options
+
+
+@contextlib.contextmanager
+def _source(options: argparse.Namespace) -> Iterator[Source]:
+    if options.server:
+        from jaxmoe.serving.client import Client
+
+        with Client(options.server) as client:
+            yield client
+    else:
+        given = {name: getattr(options, name) for name in ("mesh", "dtype") if getattr(options, name) is not None}
+        yield InProcess(options.model, **given)
+
+
+def _chat(source: Source, params: SamplingParams, stop: Sequence[str], first: str | None) -> None:
+    if not source.tokenizer.has_chat_template:
+        raise CheckpointError("this checkpoint has no chat template; give a text to continue instead of --chat")
+    turns: list[dict[str, str]] = []
+    while True:
+        try:
+            message = first or input("> ")
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print("\n(Ctrl-D or /quit leaves)")
+            continue
+        first = None
+        if message.strip() == "/quit":
+            return
+        if not message.strip():
+            continue
+        turns.append({"role": "user", "content": message})
+        try:
+            answer = _answer(source.generate(_prompt(source, turns, params), params, stop))
+        except InvalidRequestError as error:
+            print(f"error: {error}", file=sys.stderr)
+            turns.pop()
+        else:
+            turns.append({"role": "assistant", "content": answer})
+
+
+def _prompt(source: Source, turns: list[dict[str, str]], params: SamplingParams) -> list[int]:
+    """The conversation as tokens; its oldest turns go until the answer has room, up to a quarter of the context."""
+    quarter = source.max_context // 4
+    room, dropped = min(params.max_tokens or quarter, quarter), 0
+    while True:
+        tokens = source.tokenizer.encode(source.tokenizer.render_chat(turns), add_special_tokens=False)
+        if len(tokens) + room <= source.max_context or len(turns) == 1:
+            break
+        del turns[:2]
+        dropped += 1
+    if dropped:
+        print(f"(the context is full; the {dropped} oldest exchanges are forgotten)", file=sys.stderr)
+    return tokens
+
+
+def _answer(deltas: Iterator[Delta]) -> str:
+    """Prints an answer as it comes, until its end or a Ctrl-C; returns what was printed."""
+    answer = ""
+    with _interrupts() as interrupts:
+        for delta in deltas:
+            text = delta.text if answer else delta.text.lstrip()
+            print(text, end="", flush=True)
+            answer += text
+            if interrupts:
+                break
+    print()
+    return answer
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Collects the first Ctrl-C, which must not tear a step of the engine apart; a second one interrupts."""
+    received: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

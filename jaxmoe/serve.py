@@ -1,0 +1,103 @@
+"""`python -m jaxmoe.serve`: a checkpoint as a gRPC service (vllm.grpc.engine.VllmEngine) that streams tokens."""
+
+import argparse
+import logging
+import sys
+import time
+
+from jaxmoe.cli import StartProgress, add_model_arguments, use_compile_cache
+from jaxmoe.engine.config import EngineConfig
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.serving import server
+from jaxmoe.serving.engine_loop import EngineLike
+from jaxmoe.serving.link import ModelInfo
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m jaxmoe.serve", description=__doc__)
+    add_model_arguments(parser)
+    parser.add_argument("--served-model-name", help="the name told to clients (default: the folder's)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=50051, help="0 takes a free one (default: %(default)s)")
+    parser.add_argument(
+        "--insecure-bind", action="store_true", help="allow a --host beyond this machine, unencrypted, without authentication"
+    )
+    parser.add_argument("--no-reflection", action="store_true", help="do not describe the services to clients that ask")
+    engine = EngineConfig()
+    parser.add_argument("--max-batch", type=int, default=engine.max_batch, help="sequences at once on a rank (%(default)s)")
+    parser.add_argument("--max-context", type=int, help="tokens of prompt and answer together (default: the model's limit)")
+    parser.add_argument("--max-queue", type=int, default=engine.max_queue, help="waiting requests, over all (%(default)s)")
+    parser.add_argument(
+        "--max-prefill-tokens", type=int, default=engine.max_prefill_tokens, help="prompt tokens a step on a rank (%(default)s)"
+    )
+    parser.add_argument("--page-size", type=int, default=engine.page_size, help="tokens of a KV page (%(default)s)")
+    parser.add_argument("--kv-pages", type=int, help="KV pages of a rank (default: from memory, full batch at most)")
+    parser.add_argument("--drain-timeout", type=float, default=30.0, help="seconds to finish after SIGTERM (%(default)s)")
+    parser.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"))
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    began = time.monotonic()
+
+    def build_engine(report: server.Report) -> tuple[EngineLike, ModelInfo]:
+        # Imported once the port is open: JAX takes a second.
+        from jaxmoe.api import load
+        from jaxmoe.engine.engine import Engine
+
+        use_compile_cache(args.compile_cache)
+        progress = StartProgress(report)
+        report("loading weights")
+        model = load(args.model, args.mesh, args.dtype, progress=progress)
+        engine = Engine(model, config, progress)
+        print(f"{model.describe()}; {engine.describe()}", file=sys.stderr, flush=True)
+        info = ModelInfo(
+            model_path=str(model.folder.resolve()),
+            served_model_name=args.served_model_name or model.folder.resolve().name,
+            model_type=model.config.model_type,
+            architectures=model.config.architectures,
+            vocab_size=model.config.vocab_size,
+            max_context=engine.max_context,
+            eos_token_ids=model.eos_token_ids,
+            bos_token_id=model.config.bos_token_id,
+            pad_token_id=model.config.pad_token_id,
+            max_queue=config.max_queue,
+            max_running=config.max_batch * model.num_ranks,
+            num_ranks=model.num_ranks,
+            page_size=config.page_size,
+            mesh=str(model.mesh_spec),
+            dtype=args.dtype,
+            default_sampling_params=model.recommended_sampling,
+        )
+        return engine, info
+
+    try:
+        config = EngineConfig(
+            page_size=args.page_size,
+            pages_per_rank=args.kv_pages,
+            max_batch=args.max_batch,
+            max_context=args.max_context,
+            max_prefill_tokens=args.max_prefill_tokens,
+            max_queue=args.max_queue,
+        )
+        return server.run(
+            build_engine,
+            host=args.host,
+            port=args.port,
+            insecure_bind=args.insecure_bind,
+            reflection=not args.no_reflection,
+            drain_timeout=args.drain_timeout,
+            on_bound=lambda address: print(f"listening on {address}, not ready yet", file=sys.stderr, flush=True),
+            on_ready=lambda address: print(
+                f"ready on {address} after {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True
+            ),
+        )
+    except JaxmoeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,121 @@
+"""An engine that says the prompt over and over, one token a step. Deterministic, and open to inspection from a test."""
+
+import dataclasses
+import threading
+
+from jaxmoe.engine.request import Output
+from jaxmoe.errors import DuplicateRequestError, InvalidRequestError, QueueFullError
+from jaxmoe.serving.link import ModelInfo, RankLoad
+
+PAGE_SIZE = 16
+PAGES = 4096
+
+
+def model_info(model_path, **changes):
+    fields = {
+        "model_path": str(model_path),
+        "served_model_name": "fake",
+        "model_type": "mixtral",
+        "architectures": ("MixtralForCausalLM",),
+        "vocab_size": 512,
+        "max_context": 100_000,
+        "eos_token_ids": (1,),
+        "bos_token_id": 0,
+        "max_queue": 2,
+        "max_running": 96,
+        "num_ranks": 2,
+        "page_size": PAGE_SIZE,
+        "dtype": "float32",
+    }
+    return ModelInfo(**fields | changes)
+
+
+@dataclasses.dataclass
+class Live:
+    request: object
+    generated: int = 0
+
+
+class FakeEngine:
+    """pace: seconds a step takes. crash: the next step raises. gate: steps wait for it."""
+
+    def __init__(self, info, pace=0.0):
+        self.info = info
+        self.pace = pace
+        self.crash = False
+        self.gate = threading.Event()
+        self.gate.set()
+        self.submitted = []
+        self.cancelled = []
+        self.refusal = None
+        self._news = threading.Condition()
+        self._live = {}
+        self._waiting = []
+        self._aborted = []
+
+    @property
+    def has_work(self):
+        return bool(self._live or self._waiting or self._aborted)
+
+    def submit(self, request):
+        if self.refusal is not None:
+            raise self.refusal
+        if request.id in self._live:
+            raise DuplicateRequestError(request.id)
+        if len(self._waiting) >= self.info.max_queue and len(self._live) >= self.info.max_running:
+            raise QueueFullError(f"{len(self._waiting)} requests wait already (max_queue); try again later")
+        if request.params.max_tokens == 499:
+            raise InvalidRequestError("max_tokens=499 can never fit: the KV cache is 400 tokens", "max_tokens")
+        with self._news:
+            self.submitted.append(request)
+            self._waiting.append(Live(request))
+            self._news.notify_all()
+
+    def cancel(self, request_id):
+        with self._news:
+            self.cancelled.append(request_id)
+            self._waiting = [live for live in self._waiting if live.request.id != request_id]
+            found = self._live.pop(request_id, None)
+            if found:
+                self._aborted.append(Output(request_id, (), (), "abort"))
+            self._news.notify_all()
+        return found is not None
+
+    def step(self):
+        self.gate.wait()
+        if self.pace:
+            threading.Event().wait(self.pace)
+        if self.crash:
+            raise RuntimeError("secret detail of the crash")
+        with self._news:
+            outputs, self._aborted = self._aborted, []
+            while self._waiting and len(self._live) < self.info.max_running:
+                live = self._waiting.pop(0)
+                self._live[live.request.id] = live
+            for key, live in list(self._live.items()):
+                outputs.append(self._advance(live))
+                if outputs[-1].finish_reason:
+                    del self._live[key]
+            self._news.notify_all()
+        return outputs
+
+    def loads(self):
+        lengths = [len(live.request.prompt) + live.generated for live in self._live.values()]
+        used = sum(-(-length // PAGE_SIZE) for length in lengths)
+        idle = [RankLoad(0, 0, 0, PAGES)] * (self.info.num_ranks - 1)
+        return [RankLoad(len(lengths), 0, used, PAGES), *idle]
+
+    def wait_until(self, predicate):
+        with self._news:
+            assert self._news.wait_for(lambda: predicate(self), timeout=20)
+
+    def _advance(self, live):
+        request = live.request
+        token = request.prompt[live.generated % len(request.prompt)]
+        logprob = -live.generated / 8
+        live.generated += 1
+        params = request.params
+        if token in params.stop_token_ids or (token in self.info.eos_token_ids and not params.ignore_eos):
+            return Output(request.id, (token,), (logprob,), "stop", token)
+        limit = min(params.max_tokens or self.info.max_context, self.info.max_context - len(request.prompt))
+        return Output(request.id, (token,), (logprob,), "length" if live.generated >= limit else None)
