@@ -4,10 +4,12 @@ import argparse
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Generator, Iterator, Sequence
+from typing import Protocol, cast
 
-from jaxmoe.engine.request import SamplingParams
+import jaxmoe
+from jaxmoe.cli import StartProgress, add_model_arguments, use_compile_cache
+from jaxmoe.engine.request import Output, SamplingParams
 from jaxmoe.errors import CheckpointError, InvalidRequestError, JaxmoeError
 from jaxmoe.serving.tokenization import AnswerText, Delta, Tokenizer
 
@@ -25,21 +27,22 @@ class Source(Protocol):
 
 
 class InProcess:
-    """An engine of our own."""
+    """An engine of our own, which compiles a program when a step first needs it."""
 
-    def __init__(self, model: str | None, **options: Any) -> None:
-        import jaxmoe  # here, so that a client of a server does not load jax
-
-        self._engine = jaxmoe.Engine(jaxmoe.load(model, **options))
-        self.max_context: int = self._engine.model_info.max_context
-        self.tokenizer = Tokenizer.load(self._engine.model_info.model_path)
+    def __init__(self, model: str | None, mesh: str, dtype: str) -> None:
+        progress = StartProgress()
+        loaded = jaxmoe.load(model, mesh, dtype, progress=progress)
+        self._engine = jaxmoe.Engine(loaded, jaxmoe.EngineConfig(warm_up=False), progress)
+        self.max_context = self._engine.max_context
+        self.tokenizer = loaded.tokenizer
 
     def generate(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None, stop: Sequence[str] = ()
     ) -> Iterator[Delta]:
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         text = AnswerText(self.tokenizer, stop)
-        with contextlib.closing(self._engine.generate([tokens], params or SamplingParams())) as outputs:
+        outputs = cast(Generator[Output, None, None], self._engine.generate([tokens], params or SamplingParams()))
+        with contextlib.closing(outputs):  # which cancels what still runs
             for output in outputs:
                 shown = text.push(output.token_ids, last=output.finish_reason is not None)
                 finish_reason = "stop" if text.stopped else output.finish_reason
@@ -79,13 +82,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m jaxmoe.generate", description=__doc__)
     parser.add_argument("text", nargs="?", help="what to continue; with --chat, the first message")
     parser.add_argument("--chat", action="store_true", help="hold a conversation; Ctrl-C stops an answer, /quit leaves")
-    where = parser.add_argument_group("where it runs")
-    where.add_argument("--server", metavar="HOST:PORT", help="ask a running `python -m jaxmoe.serve`")
-    where.add_argument(
-        "--model", metavar="PATH", help="checkpoint to load in this process; the built-in demo if absent"
+    parser.add_argument(
+        "--server", metavar="HOST:PORT", help="ask a running `python -m jaxmoe.serve`; else load a model"
     )
-    where.add_argument("--mesh", help="devices along each axis, as in dp=2,ep=4")
-    where.add_argument("--dtype", help="of the weights and activations, as in bfloat16")
+    add_model_arguments(parser)
     how = parser.add_argument_group("how tokens are chosen")
     how.add_argument("--max-tokens", type=int, default=256, metavar="N", help="length of an answer (default: 256)")
     how.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
@@ -96,7 +96,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.text is None and not options.chat:
         parser.error("give a text to continue, or --chat")
-    if options.server and (options.model or options.mesh or options.dtype):
+    chosen_there = [name for name in ("model", "mesh", "dtype") if getattr(options, name) != parser.get_default(name)]
+    if options.server and chosen_there:
         parser.error("--model, --mesh and --dtype are the server's to choose; leave them out with --server")
     return options
 
@@ -108,9 +109,9 @@ def _source(options: argparse.Namespace) -> Iterator[Source]:
 
         with Client(options.server) as client:
             yield client
-    else:
-        given = {name: getattr(options, name) for name in ("mesh", "dtype") if getattr(options, name) is not None}
-        yield InProcess(options.model, **given)
+    else:  # only now is jax loaded
+        use_compile_cache(options.compile_cache)
+        yield InProcess(options.model, options.mesh, options.dtype)
 
 
 def _chat(source: Source, params: SamplingParams, stop: Sequence[str], first: str | None) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 # XLA:CPU runs out of threads, and hangs, once several launches with collectives are in flight on more devices than it has cores.
 os.environ["NPROC"] = "16"
+# The programs of tests are small: splitting each into 32 modules for parallel code generation only costs time.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_parallel_codegen_split_count=1"
 
 import jax
 import numpy as np
@@ -21,7 +23,6 @@ jax.config.update("jax_num_cpu_devices", 8)
 # Before the first import of what it checks.
 install_import_hook(["jaxmoe.ops", "jaxmoe.moe", "jaxmoe.models", "jaxmoe.engine.model"], "beartype.beartype")
 
-ABSENT = object()
 BASE = {
     "vocab_size": 128,
     "hidden_size": 32,
@@ -83,17 +84,19 @@ def randomise(model: Any) -> None:
 def reference_checkpoint(tmp_path_factory):
     """A factory of tiny random Mixtrals: `reference_checkpoint(num_key_value_heads=1, edit={"head_dim": None})`.
 
-    edit: changes to the saved config.json; ABSENT removes a key. shard: the `max_shard_size` of its files. dtype: that of its files.
-    The same call gives the same checkpoint.
+    edit, remove: changes to the saved config.json, and keys taken out of it, before either side reads it. shard: the
+    `max_shard_size` of its files. dtype: that of its files. The same call gives the same checkpoint.
     """
     import torch
     from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     torch.set_num_threads(1)
     made: dict[str, Reference] = {}
 
-    def make(*, edit=None, shard="1GB", dtype="float32", **overrides):
-        key = repr((edit, shard, dtype, sorted(overrides.items())))
+    def make(*, edit=None, remove=(), shard="1GB", dtype="float32", **overrides):
+        key = repr((edit, remove, shard, dtype, sorted(overrides.items())))
         if key in made:
             return made[key]
         folder = tmp_path_factory.mktemp("mixtral")
@@ -101,7 +104,7 @@ def reference_checkpoint(tmp_path_factory):
         randomise(model)
         model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard)
         config = {**json.loads((folder / "config.json").read_text()), **(edit or {})}
-        config = {name: value for name, value in config.items() if value is not ABSENT}
+        config = {name: value for name, value in config.items() if name not in remove}
         (folder / "config.json").write_text(json.dumps(config))
         loaded = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"

@@ -37,6 +37,18 @@ class StepShape:
 _PER_SEQUENCE = ("start", "length", "temperature", "top_k", "top_p", "seed")
 
 
+class Sampling(NamedTuple):
+    """How each sequence's token is chosen: the arguments of `ops.sampling.sample` after the logits."""
+
+    temperature: Float[Array, "*R B"]
+    top_k: Int[Array, "*R B"]
+    top_p: Float[Array, "*R B"]
+    seed: Int[Array, "*R B"]
+    position: Int[Array, "*R B"]
+
+    DTYPES = (jnp.float32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)
+
+
 class Batch(NamedTuple):
     """A step's input, unpacked on the device: of one rank, or of all with a leading axis R. A row of length 0 is padding."""
 
@@ -54,6 +66,10 @@ class Batch(NamedTuple):
         """Position of every token in its sequence; -1 for padding."""
         offset = jnp.arange(self.tokens.shape[-1])
         return jnp.where(offset < self.length[..., None], self.start[..., None] + offset, -1)
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_k, self.top_p, self.seed, self.start + self.length)
 
 
 def _powers(smallest: int, largest: int, factor: int) -> list[int]:

@@ -60,6 +60,11 @@ class Engine:
         return self._runner.executables.late_compiles
 
     @property
+    def num_preemptions(self) -> int:
+        """How often a sequence gave up its pages to an older one and was computed anew."""
+        return self._scheduler.num_preemptions
+
+    @property
     def has_work(self) -> bool:
         return self._scheduler.has_work
 

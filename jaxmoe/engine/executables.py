@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from jaxmoe.engine.batch import Batch, StepShape, unpack
+from jaxmoe.engine.batch import Batch, Sampling, StepShape, unpack
 from jaxmoe.engine.model import Model, Progress, no_progress
 from jaxmoe.models.decoder import RANK_ROWS, merge
 from jaxmoe.models.kv_cache import KVCache, PagedContext
@@ -23,59 +23,95 @@ log = logging.getLogger(__name__)
 
 PACKED = P(RANKS, None)
 COMPILE_THREADS = 2
+# A step program is small: splitting its code into 32 modules for parallel generation costs a CPU a fifth more time.
+CPU_OPTIONS = {"xla_cpu_parallel_codegen_split_count": 1}
 
 
 class Executables:
     """Step programs by shape. `late_compiles` counts those that warm-up did not foresee: 0 in good health.
 
+    A step is two programs: the forward pass, one for each shape, and sampling, one for each number of sequences; apart,
+    because sampling is a third of the code and does not depend on how much context there is.
     Without a warm-up each program is compiled when it is first needed.
     """
 
     def __init__(self, model: Model, cache: KVCache) -> None:
         self._model = model
-        self._cache_shape = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), cache)
-        self._compiled: dict[StepShape, Any] = {}
+        self._cache_shape = jax.tree.map(_abstract, cache)
+        self._forward: dict[StepShape, Any] = {}
+        self._sample: dict[int, Any] = {}
+        self._options = CPU_OPTIONS if model.mesh.devices.flat[0].platform == "cpu" else None
         self._warm = False
         self.late_compiles = 0
 
     def warm_up(self, shapes: Iterable[StepShape], progress: Progress = no_progress) -> None:
         """Compiles every shape, several at once."""
         shapes = list(shapes)
+        batches = sorted({shape.batch for shape in shapes})
         with ThreadPoolExecutor(COMPILE_THREADS) as pool:
-            jobs = {pool.submit(self.compile, shape): shape for shape in shapes}
-            for done, job in enumerate(as_completed(jobs), 1):
-                self._compiled[jobs[job]] = job.result()
-                progress("compiling", done, len(shapes))
+            forward = {pool.submit(self.compile, shape): shape for shape in shapes}
+            sampling = {pool.submit(self.compile_sampling, batch): batch for batch in batches}
+            for done, job in enumerate(as_completed([*forward, *sampling]), 1):
+                if job in forward:
+                    self._forward[forward[job]] = job.result()
+                else:
+                    self._sample[sampling[job]] = job.result()
+                progress("compiling", done, len(forward) + len(sampling))
         self._warm = True
 
     def __call__(self, shape: StepShape, cache: KVCache, packed: Array) -> tuple[KVCache, Int[Array, "R B two"]]:
-        if shape not in self._compiled:
-            if self._warm:
-                self.late_compiles += 1
-                log.error("compiling after warm-up: %s; no warmed-up shape fits this step", shape)
-            self._compiled[shape] = self.compile(shape)
-        return self._compiled[shape](self._model.params, self._model.placement, cache, packed)
+        """Runs a step: the cache, updated in place, and each sequence's token with the bits of its log-probability."""
+        if shape not in self._forward:
+            self._count_late(str(shape))
+            self._forward[shape] = self.compile(shape)
+        if shape.batch not in self._sample:
+            self._count_late(f"sampling batch={shape.batch}")
+            self._sample[shape.batch] = self.compile_sampling(shape.batch)
+        cache, logits, sampling = self._forward[shape](self._model.params, self._model.placement, cache, packed)
+        return cache, self._sample[shape.batch](logits, sampling)
 
     def compile(self, shape: StepShape) -> Any:
-        """The compiled program (`jax.stages.Compiled`) of one shape."""
+        """The forward program (`jax.stages.Compiled`) of one shape."""
         model = self._model
 
-        def step(
+        def forward(
             params: Any, placement: Placement, cache: KVCache, packed: Int[Array, "R words"]
-        ) -> tuple[KVCache, Int[Array, "R B two"]]:
+        ) -> tuple[KVCache, Float[Array, "R B V"], Sampling]:
             decoder = merge(model.abstract, params)
             batch = unpack_ranks(packed, shape)
             context = PagedContext(cache, batch.block_table)
             hidden, context, _ = decoder(batch.tokens, batch.positions, placement, context, model.execution)
+            assert context is not None
             logits = decoder.logits(last_rows(hidden, batch.length, shape))
-            return context.cache, sample_ranks(logits, batch)
+            return context.cache, logits.astype(jnp.float32), batch.sampling
 
-        words = jax.ShapeDtypeStruct(
-            (model.num_ranks, shape.packed_width), jnp.int32, sharding=NamedSharding(model.mesh, PACKED)
-        )
+        words = self._on_ranks((shape.packed_width,), jnp.int32)
         with jax.set_mesh(model.mesh):
-            lowered = jax.jit(step, donate_argnums=2).lower(model.params, model.placement, self._cache_shape, words)
-        return lowered.compile()
+            lowered = jax.jit(forward, donate_argnums=2).lower(
+                model.params, model.placement, self._cache_shape, words
+            )
+        return lowered.compile(self._options)
+
+    def compile_sampling(self, batch: int) -> Any:
+        """The sampling program of one number of sequences a rank."""
+        logits = self._on_ranks((batch, self._model.config.vocab_size), jnp.float32)
+        fields = Sampling(*(self._on_ranks((batch,), dtype) for dtype in Sampling.DTYPES))
+        with jax.set_mesh(self._model.mesh):
+            return jax.jit(sample_ranks).lower(logits, fields).compile(self._options)
+
+    def _on_ranks(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        spec = P(RANKS, *(None for _ in shape))
+        sharding = NamedSharding(self._model.mesh, spec)
+        return jax.ShapeDtypeStruct((self._model.num_ranks, *shape), dtype, sharding=sharding)
+
+    def _count_late(self, program: str) -> None:
+        if self._warm:
+            self.late_compiles += 1
+            log.error("compiling after warm-up: %s; no warmed-up shape fits this step", program)
+
+
+def _abstract(leaf: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
 def unpack_ranks(packed: Int[Array, "R words"], shape: StepShape) -> Batch:
@@ -99,14 +135,12 @@ def last_rows(hidden: Float[Array, "R N D"], length: Int[Array, "R B"], shape: S
     return jax.shard_map(local, in_specs=(RANK_ROWS, PACKED), out_specs=RANK_ROWS, check_vma=False)(hidden, length)
 
 
-def sample_ranks(logits: Float[Array, "R B V"], batch: Batch) -> Int[Array, "R B two"]:
+def sample_ranks(logits: Float[Array, "R B V"], sampling: Sampling) -> Int[Array, "R B two"]:
     """Token and the bits of its log-probability: one packed array back to the host."""
 
-    def local(logits: Array, *fields: Array) -> Array:
-        start, length, temperature, top_k, top_p, seed = (field[0] for field in fields)
-        tokens, logprobs = sample(logits[0], temperature, top_k, top_p, seed, start + length)
+    def local(logits: Array, sampling: Sampling) -> Array:
+        tokens, logprobs = sample(logits[0], *(field[0] for field in sampling))
         return jnp.stack([tokens, jax.lax.bitcast_convert_type(logprobs, jnp.int32)], axis=-1)[None]
 
-    fields = (batch.start, batch.length, batch.temperature, batch.top_k, batch.top_p, batch.seed)
-    run = jax.shard_map(local, in_specs=(RANK_ROWS, *(PACKED,) * 6), out_specs=RANK_ROWS, check_vma=False)
-    return run(logits, *fields)
+    specs = (RANK_ROWS, Sampling(*(PACKED for _ in Sampling._fields)))
+    return jax.shard_map(local, in_specs=specs, out_specs=RANK_ROWS, check_vma=False)(logits, sampling)

@@ -107,7 +107,7 @@ def _all_to_all(
     if slots_per_device >= 2 ** (jnp.finfo(x.dtype).nmant + 1):
         raise ValueError(f"{slots_per_device} slots a device cannot be counted exactly in {x.dtype}")
 
-    def queue(slots: Array) -> tuple[Array, Array]:
+    def queue(slots: Array) -> tuple[Array, Array, Array]:
         """Where each (token, choice) waits: destination device and place in that queue; padded rows wait nowhere."""
         flat = slots.reshape(-1)
         destination = jnp.where(flat < 0, ep, flat // slots_per_device)

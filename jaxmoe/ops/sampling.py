@@ -31,7 +31,10 @@ def sample(
         scaled = logits / jnp.where(temperature > 0, temperature, 1.0)[:, None]
         filtered = jnp.any((temperature > 0) & ((top_k > 0) | (top_p < 1)))
         kept = jax.lax.cond(filtered, lambda: keep_likely(scaled, top_k, top_p), lambda: scaled)
-        keys = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(seed, position)
+        # Threefry takes two words as its key: seed and position serve as they are, without hashing them into one first,
+        # which would triple the random-number code to compile.
+        words = jnp.stack([seed, position], axis=-1).astype(jnp.uint32)
+        keys = jax.vmap(lambda pair: jax.random.wrap_key_data(pair, impl="threefry2x32"))(words)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
         drawn = jnp.argmax(kept + noise, axis=-1).astype(jnp.int32)
         return jnp.where(temperature > 0, drawn, greedy)

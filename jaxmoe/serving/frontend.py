@@ -36,11 +36,28 @@ _OPTIONS = [
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class Health(health.aio.HealthServicer):
+    """Ends its watches when the engine has ended; grpc would print a traceback for each that it cancels itself."""
+
+    def __init__(self, ended: asyncio.Event) -> None:
+        super().__init__()
+        self._ended = ended
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext) -> None:
+        tasks = [asyncio.create_task(super().Watch(request, context)), asyncio.create_task(self._ended.wait())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "the server has shut down")
+
+
 async def main(sock: socket.socket, config: FrontendConfig) -> int:
     """Serves until the parent asks for the end, or is gone. The exit code: 0 if it was asked and has drained."""
     engine = RemoteEngine(step_timeout=config.step_timeout, max_backlog=config.max_backlog)
     await engine.link.connect(sock)
-    health_servicer = health.aio.HealthServicer()
+    health_servicer = Health(engine.ended)
     await _tell_health(engine, health_servicer)
     server = grpc.aio.server(options=_OPTIONS)
     vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server(Servicer(engine), server)
@@ -90,14 +107,14 @@ def _read_signals(drain: asyncio.Event, cut: asyncio.Event) -> None:
             (cut if drain.is_set() else drain).set()
 
 
-async def _follow_health(engine: RemoteEngine, servicer: health.aio.HealthServicer) -> None:
+async def _follow_health(engine: RemoteEngine, servicer: Health) -> None:
     while True:
         engine.phase_changed.clear()
         await _tell_health(engine, servicer)
         await engine.phase_changed.wait()
 
 
-async def _tell_health(engine: RemoteEngine, servicer: health.aio.HealthServicer) -> None:
+async def _tell_health(engine: RemoteEngine, servicer: Health) -> None:
     status = health_pb2.HealthCheckResponse
     for service in ("", SERVICE):
         await servicer.set(service, status.SERVING if engine.phase is Phase.SERVING else status.NOT_SERVING)

@@ -251,13 +251,12 @@ class RemoteEngine:
             raise UnavailableError(f"the engine has not reported its loads within {_LOADS_TIMEOUT:g} s") from None
 
     async def drain(self, timeout: float) -> None:
-        """Takes no more requests and returns when none is open; those that are after `timeout` seconds fail."""
+        """Takes no more requests, and returns when none is open or `timeout` seconds have passed."""
         self._turn(Phase.DRAINING, "draining: this server is shutting down")
         try:
             await asyncio.wait_for(self._idle.wait(), timeout)
         except TimeoutError:
             logger.warning("%d requests had not ended after %g s of draining", len(self._open), timeout)
-            await self.end(UnavailableError("the server shut down before this request ended"))
 
     async def end(self, error: Exception) -> None:
         """Fails all requests and waits a moment for their readers to be told."""

@@ -116,7 +116,8 @@ class Frontend:
                 case [BindFailed(message)]:
                     raise ConfigError(message)
         except LinkClosed:
-            raise ConfigError(f"the front end did not start (exit code {self.wait()})") from None
+            self.close()
+            raise ConfigError(f"the front end did not start (exit code {self._process.returncode})") from None
         except BaseException:
             self.close()
             raise

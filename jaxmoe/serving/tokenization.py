@@ -56,19 +56,6 @@ def unpack_files(archive: bytes) -> dict[str, bytes]:
         raise CheckpointError(f"the tokenizer archive is not a zip file: {error}") from error
 
 
-def eos_token_ids(directory: str | pathlib.Path) -> tuple[int, ...]:
-    """The tokens that end a generation, from `generation_config.json`, else `config.json` (or its `text_config`)."""
-    files = read_files(directory)
-    generation, config = (_load_json(files, name) for name in ("generation_config.json", "config.json"))
-    for source in (generation, config, config.get("text_config") or {}):
-        match source.get("eos_token_id"):
-            case int(token):
-                return (token,)
-            case [*tokens]:
-                return tuple(tokens)
-    return ()
-
-
 class Tokenizer:
     """A checkpoint's tokenizer and chat template. Raises CheckpointError if the files do not make one."""
 

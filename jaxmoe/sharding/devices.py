@@ -1,5 +1,7 @@
 """Virtual devices: one CPU acting as many, with the very code that runs on accelerators."""
 
+import os
+
 import jax
 
 from jaxmoe.errors import MeshError
@@ -18,3 +20,7 @@ def virtual_devices(count: int) -> None:
                 f"{count} devices are needed and JAX already runs with {len(jax.devices())}; "
                 f"call jaxmoe.virtual_devices({count}) or load the largest mesh before any other JAX computation"
             ) from None
+    else:
+        # XLA sizes its thread pool by the cores it believes it has. With fewer threads than devices that wait for each
+        # other in collectives, it deadlocks (jaxlib up to 0.11); it reads this variable when the backend starts.
+        os.environ.setdefault("NPROC", str(2 * count))

@@ -2,8 +2,8 @@ import concurrent.futures
 
 import grpc
 import pytest
-from conftest import error_detail, generate_request, serving
 from fake_engine import model_info
+from harness import error_detail, generate_request, serving
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 
 from jaxmoe.errors import InvalidRequestError, QueueFullError
@@ -50,7 +50,11 @@ def test_text_is_tokenized_as_the_checkpoint_says(server, tokenizer):
 
 
 def test_zero_means_unset(server):
-    list(server.stub.Generate(pb.GenerateRequest(text="one", sampling_params=pb.SamplingParams(max_tokens=1)), timeout=30))
+    list(
+        server.stub.Generate(
+            pb.GenerateRequest(text="one", sampling_params=pb.SamplingParams(max_tokens=1)), timeout=30
+        )
+    )
     params = server.engine.submitted[-1].params
     assert (params.temperature, params.top_k, params.top_p, params.seed) == (1.0, 0, 1.0, None)
 

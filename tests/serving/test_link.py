@@ -15,14 +15,6 @@ def pair():
         yield ours, theirs
 
 
-class Collector(FrontendLink):
-    """The front end's end, which notes what comes."""
-
-    def __init__(self):
-        self.frames, self.closed = [], asyncio.Event()
-        super().__init__(self.frames.append, self.closed.set)
-
-
 def test_frames_arrive_whole_and_in_order_both_ways(pair):
     request = Request("1", tuple(range(100_000)), SamplingParams(seed=-1, stop_token_ids=(3,)), rank=2)
     to_engine = [Submit(request), Cancel(["1", "2"]), AskLoads()]
@@ -34,22 +26,36 @@ def test_frames_arrive_whole_and_in_order_both_ways(pair):
             link.send(frame)
         while len(received) < len(to_engine):
             received.extend(link.receive(block=True))
-        link.close()
+        link.finish(timeout=20)
 
     async def frontend():
-        collector = Collector()
-        await collector.connect(pair[1])
+        frames, closed = asyncio.Queue(), asyncio.Event()
+        link = FrontendLink(frames.put_nowait, closed.set)
+        await link.connect(pair[1])
         for frame in to_engine:
-            collector.send(frame)
-        await asyncio.wait_for(collector.closed.wait(), 20)
-        collector.send(AskLoads())  # to nobody
-        return collector.frames
+            link.send(frame)
+        async with asyncio.timeout(20):
+            came = [await frames.get() for _ in to_frontend]
+            link.close()
+            await closed.wait()
+        link.send(AskLoads())  # to nobody
+        return came
 
     thread = threading.Thread(target=engine)
     thread.start()
     assert asyncio.run(frontend()) == to_frontend
     thread.join(20)
     assert received == to_engine
+
+
+def test_the_front_end_learns_that_the_engine_is_gone(pair):
+    async def frontend():
+        closed = asyncio.Event()
+        await FrontendLink(print, closed.set).connect(pair[1])
+        EngineLink(pair[0]).close()
+        await asyncio.wait_for(closed.wait(), 20)
+
+    asyncio.run(frontend())
 
 
 def test_receiving_without_blocking_returns_at_once(pair):
@@ -73,6 +79,5 @@ def test_the_engine_does_not_wait_for_a_reader_within_the_limit(pair):
 def test_a_reader_that_has_stopped_is_told_in_the_log_and_given_up(pair, caplog):
     link = EngineLink(pair[0], max_unread=1 << 20, patience=0.01)
     with pytest.raises(LinkClosed, match="has read nothing"):
-        for _ in range(4):
-            link.send(Progress("x" * (1 << 20)))
+        link.send(Progress("x" * (4 << 20)))
     assert "unread" in caplog.text

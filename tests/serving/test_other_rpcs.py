@@ -4,9 +4,9 @@ import json
 
 import grpc
 import pytest
-from conftest import generate_request, serving
 from fake_engine import model_info
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from harness import generate_request, serving
 from smg_grpc_proto.generated import common_pb2
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 
@@ -87,7 +87,7 @@ def test_kv_events_are_unimplemented(server):
     assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
-def test_nothing_but_health_and_tokenizer_messages_before_a_tokenizer(tmp_path):
+def test_a_checkpoint_without_a_tokenizer_says_so(tmp_path):
     with serving(model_info(tmp_path)) as server, pytest.raises(grpc.RpcError) as error:
         list(server.stub.GetTokenizer(common_pb2.GetTokenizerRequest(), timeout=30))
     assert error.value.code() is grpc.StatusCode.NOT_FOUND

@@ -8,9 +8,9 @@ import sys
 
 import grpc
 import pytest
-from conftest import generate_request, serving
 from fake_engine import model_info
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from harness import generate_request, serving
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from smg_grpc_proto.generated.vllm_engine_pb2_grpc import VllmEngineStub
 
