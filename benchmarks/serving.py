@@ -73,7 +73,9 @@ async def stream(stub: VllmEngineStub, prompt: list[int], length: int) -> list[t
     return arrivals
 
 
-async def measure(address: str, tokenizer: Tokenizer, streams: int, length: int) -> tuple[float, np.ndarray, np.ndarray]:
+async def measure(
+    address: str, tokenizer: Tokenizer, streams: int, length: int
+) -> tuple[float, np.ndarray, np.ndarray]:
     async with grpc.aio.insecure_channel(address) as channel:
         stub = VllmEngineStub(channel)
         batch = prompts(tokenizer, streams)
@@ -119,11 +121,15 @@ def main() -> None:
             print(f"{args.model.name} on {args.mesh}: ready after {cold:.1f} s cold, {warm:.1f} s warm\n")
             counts = [int(text) for text in args.streams.split(",")]
             rows = [(count, *asyncio.run(measure(address, tokenizer, count, args.tokens))) for count in counts]
-    print("| streams | tokens/s | first token, ms (p50 / p99) | between tokens, ms (p50 / p99) | transformers | ratio |")
+    print(
+        "| streams | tokens/s | first token, ms (p50 / p99) | between tokens, ms (p50 / p99) | transformers | ratio |"
+    )
     print("|---|---|---|---|---|---|")
     for count, rate, first, between in rows:
         peer = transformers_rate(args.model, tokenizer, count, args.tokens)
-        latencies = [f"{np.percentile(values, 50):.1f} / {np.percentile(values, 99):.1f}" for values in (first, between)]
+        latencies = [
+            f"{np.percentile(values, 50):.1f} / {np.percentile(values, 99):.1f}" for values in (first, between)
+        ]
         against = f"{peer:.0f} | {rate / peer:.2f}" if peer else "- | -"
         print(f"| {count} | {rate:.0f} | {latencies[0]} | {latencies[1]} | {against} |")
 

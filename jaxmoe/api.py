@@ -44,7 +44,9 @@ class LoadedModel(Model):
         return Engine(self, EngineConfig(warm_up=False))
 
 
-def load(path: str | Path | None = None, mesh: str = "dp=1,ep=1", dtype: str = "float32", **options: Any) -> LoadedModel:
+def load(
+    path: str | Path | None = None, mesh: str = "dp=1,ep=1", dtype: str = "float32", **options: Any
+) -> LoadedModel:
     """Loads a checkpoint folder (None: the embedded demo model) onto a mesh, computing in `dtype`.
 
     options: `execution` and `progress` of `jaxmoe.engine.model.Model`.

@@ -27,7 +27,7 @@ def use_compile_cache(folder: str) -> None:
     """Keeps compiled programs in `folder`, unless JAX's own settings already name a place or `folder` is ''."""
     import jax
 
-    if folder and not jax.config.jax_compilation_cache_dir:
+    if folder and not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -45,7 +45,9 @@ class StartProgress:
         if stage != self._stage:
             self.close()
             self._stage, self._began = stage, time.monotonic()
-            self._bar = tqdm(total=total, desc=f"{stage:<16}", unit="", unit_scale=total > 10_000, file=sys.stderr, leave=True)
+            self._bar = tqdm(
+                total=total, desc=f"{stage:<16}", unit="", unit_scale=total > 10_000, file=sys.stderr, leave=True
+            )
         assert self._bar is not None
         self._bar.update(done - self._bar.n)
         self._report(f"{stage}: {100 * done // max(1, total)}%")

@@ -4,12 +4,12 @@ import argparse
 import contextlib
 import signal
 import sys
-from collections.abc import Generator, Iterator, Sequence
-from typing import Protocol, cast
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import jaxmoe
 from jaxmoe.cli import StartProgress, add_model_arguments, use_compile_cache
-from jaxmoe.engine.request import Output, SamplingParams
+from jaxmoe.engine.request import SamplingParams
 from jaxmoe.errors import CheckpointError, InvalidRequestError, JaxmoeError
 from jaxmoe.serving.tokenization import AnswerText, Delta, Tokenizer
 
@@ -41,7 +41,7 @@ class InProcess:
     ) -> Iterator[Delta]:
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         text = AnswerText(self.tokenizer, stop)
-        outputs = cast(Generator[Output, None, None], self._engine.generate([tokens], params or SamplingParams()))
+        outputs = self._engine.generate([tokens], params or SamplingParams())
         with contextlib.closing(outputs):  # which cancels what still runs
             for output in outputs:
                 shown = text.push(output.token_ids, last=output.finish_reason is not None)

@@ -20,19 +20,32 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=50051, help="0 takes a free one (default: %(default)s)")
     parser.add_argument(
-        "--insecure-bind", action="store_true", help="allow a --host beyond this machine, unencrypted, without authentication"
+        "--insecure-bind",
+        action="store_true",
+        help="allow a --host beyond this machine, unencrypted, without authentication",
     )
     parser.add_argument("--no-reflection", action="store_true", help="do not describe the services to clients that ask")
     engine = EngineConfig()
-    parser.add_argument("--max-batch", type=int, default=engine.max_batch, help="sequences at once on a rank (%(default)s)")
-    parser.add_argument("--max-context", type=int, help="tokens of prompt and answer together (default: the model's limit)")
-    parser.add_argument("--max-queue", type=int, default=engine.max_queue, help="waiting requests, over all (%(default)s)")
     parser.add_argument(
-        "--max-prefill-tokens", type=int, default=engine.max_prefill_tokens, help="prompt tokens a step on a rank (%(default)s)"
+        "--max-batch", type=int, default=engine.max_batch, help="sequences at once on a rank (%(default)s)"
+    )
+    parser.add_argument(
+        "--max-context", type=int, help="tokens of prompt and answer together (default: the model's limit)"
+    )
+    parser.add_argument(
+        "--max-queue", type=int, default=engine.max_queue, help="waiting requests, over all (%(default)s)"
+    )
+    parser.add_argument(
+        "--max-prefill-tokens",
+        type=int,
+        default=engine.max_prefill_tokens,
+        help="prompt tokens a step on a rank (%(default)s)",
     )
     parser.add_argument("--page-size", type=int, default=engine.page_size, help="tokens of a KV page (%(default)s)")
     parser.add_argument("--kv-pages", type=int, help="KV pages of a rank (default: from memory, full batch at most)")
-    parser.add_argument("--drain-timeout", type=float, default=30.0, help="seconds to finish after SIGTERM (%(default)s)")
+    parser.add_argument(
+        "--drain-timeout", type=float, default=30.0, help="seconds to finish after SIGTERM (%(default)s)"
+    )
     parser.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"))
     return parser.parse_args(argv)
 

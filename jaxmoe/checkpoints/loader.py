@@ -24,7 +24,9 @@ Progress = Callable[[int, int], None]
 def read_config(folder: Path) -> dict[str, Any]:
     """`config.json` of a checkpoint. Raises CheckpointError when the folder or the file is missing or malformed."""
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; give the path of a checkpoint with config.json and *.safetensors")
+        raise CheckpointError(
+            f"{folder} is not a folder; give the path of a checkpoint with config.json and *.safetensors"
+        )
     return read_json(folder / "config.json")
 
 
@@ -86,7 +88,8 @@ class _Reader:
         self.tensors, self.key, self.shape, self.slot_expert, self.dtype = tensors, key, shape, slot_expert, dtype
         self.seen: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}
 
-    def __call__(self, index: tuple[slice, ...]) -> np.ndarray:
+    def __call__(self, index: tuple[slice, ...] | None) -> np.ndarray:
+        index = index or (slice(None),) * len(self.shape)
         ranges = tuple(part.indices(size) for part, size in zip(index, self.shape, strict=True))
         if ranges not in self.seen:
             self.seen[ranges] = self._read([range(*part) for part in ranges])

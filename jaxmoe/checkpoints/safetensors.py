@@ -34,8 +34,10 @@ class StoredTensor:
         """The tensor's bytes, mapped; only what is indexed is read from disk."""
         if self.dtype not in DTYPES:
             raise CheckpointError(f"{self.file}: dtype {self.dtype} is not one of {', '.join(DTYPES)}")
-        return np.memmap(self.file, DTYPES[self.dtype], "r", self.offset, self.shape) if math.prod(self.shape) else (
-            np.zeros(self.shape, DTYPES[self.dtype])
+        return (
+            np.memmap(self.file, DTYPES[self.dtype], "r", self.offset, self.shape)
+            if math.prod(self.shape)
+            else (np.zeros(self.shape, DTYPES[self.dtype]))
         )
 
 
@@ -74,7 +76,9 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             prefix = stream.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
             if not 0 < length <= size - 8:
-                raise CheckpointError(f"{file} is cut short or not a safetensors file ({size} bytes); download it again")
+                raise CheckpointError(
+                    f"{file} is cut short or not a safetensors file ({size} bytes); download it again"
+                )
             header = json.loads(stream.read(length))
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
@@ -102,7 +106,9 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing; a checkpoint is a folder with config.json and *.safetensors") from None
+        raise CheckpointError(
+            f"{file} is missing; a checkpoint is a folder with config.json and *.safetensors"
+        ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} is not readable JSON: {error}") from error
     if not isinstance(value, dict):

@@ -129,7 +129,7 @@ class Trainer:
 
     def __init__(self, family: str, recipe: Recipe, seed: int) -> None:
         self.recipe, self.seed = recipe, seed
-        self.config = Mixtral.config(CONFIGS[family])
+        self.config = Mixtral.read_config(CONFIGS[family])
         self.mesh = make_mesh(MeshSpec())
         self.placement = initial_placement(self.config.layers, self.config.experts, self.config.experts)
         with jax.set_mesh(self.mesh):
@@ -224,7 +224,9 @@ def report(trainer: Trainer, val: Mapping[str, np.ndarray]) -> str:
     for name, tokens in val.items():
         loss, loads = trainer.evaluate(tokens)
         last = loads[-1]
-        lines.append(f"| {name} | {loss:.2f} | {' '.join(f'{100 * x:.0f}' for x in last)} | {last.max() / last.mean():.2f} |")
+        lines.append(
+            f"| {name} | {loss:.2f} | {' '.join(f'{100 * x:.0f}' for x in last)} | {last.max() / last.mean():.2f} |"
+        )
     return "\n".join(lines)
 
 

@@ -1,8 +1,9 @@
 """From a step's plan to the arrays of one compiled call: which shape, and one packed transfer to the device."""
 
 import dataclasses
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxmoe.engine.config import EngineConfig
 from jaxmoe.engine.scheduler import Chunk
+
+Ranks: TypeAlias = Seq[Seq[Chunk]]  # chunks of every attention rank
 
 SHORT_CHUNK, FEW_TOKENS = 32, 64
 SMALLEST_CONTEXT = 256
@@ -45,8 +48,6 @@ class Sampling(NamedTuple):
     top_p: Float[Array, "*R B"]
     seed: Int[Array, "*R B"]
     position: Int[Array, "*R B"]
-
-    DTYPES = (jnp.float32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)
 
 
 class Batch(NamedTuple):
@@ -93,19 +94,19 @@ class Buckets:
         self.short = min(SHORT_CHUNK, config.max_prefill_tokens)
         self.together = min(config.max_prefill_sequences, config.max_batch)
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[StepShape]:
         rows = [(batch, 1) for batch in self.decode] + [(1, tokens) for tokens in self.prefill_tokens]
         if self.together > 1:
             rows.append((self.together, self.short))
         return iter([StepShape(batch, tokens, pages) for pages in self.pages for batch, tokens in rows])
 
-    def decode_shape(self, ranks: Seq[Seq[Chunk]]) -> StepShape:
+    def decode_shape(self, ranks: Ranks) -> StepShape:
         largest = max(map(len, ranks))
         return StepShape(next(size for size in self.decode if size >= largest), 1, self._pages(ranks))
 
-    def prefills(self, ranks: Seq[Seq[Chunk]]) -> list[tuple[StepShape, list[list[Chunk]]]]:
+    def prefills(self, ranks: Ranks) -> list[tuple[StepShape, Ranks]]:
         """Splits the prefill chunks of all ranks into calls: short chunks of a rank share one, long ones go alone."""
-        calls: list[tuple[StepShape, list[list[Chunk]]]] = []
+        calls: list[tuple[StepShape, Ranks]] = []
         short = [[chunk for chunk in chunks if chunk.length <= self.short] for chunks in ranks]
         single = [[chunk for chunk in chunks if chunk.length > self.short] for chunks in ranks]
         if self.together > 1 and max(map(len, short)) > 1:
@@ -119,12 +120,12 @@ class Buckets:
             calls.append((StepShape(1, tokens, self._pages(alone)), alone))
         return calls
 
-    def _pages(self, ranks: Seq[Seq[Chunk]]) -> int:
+    def _pages(self, ranks: Ranks) -> int:
         reach = max(chunk.start + chunk.length for chunks in ranks for chunk in chunks)
         return next(pages for pages in self.pages if pages * self.page_size >= reach)
 
 
-def pack(shape: StepShape, ranks: Seq[Seq[Chunk]]) -> Int[np.ndarray, "R words"]:
+def pack(shape: StepShape, ranks: Ranks) -> Int[np.ndarray, "R words"]:
     """One int32 array of everything a step needs; `unpack` is its inverse on the device."""
     packed = np.zeros((len(ranks), shape.packed_width), np.int32)
     for row, chunks in zip(packed, ranks, strict=True):
@@ -149,7 +150,7 @@ def unpack(packed: Int[Array, "words"], shape: StepShape) -> Batch:
     return Batch(**{**fields, **as_float})
 
 
-def _split(words, shape: StepShape) -> dict:  # type: ignore[no-untyped-def, type-arg]
+def _split(words, shape: StepShape) -> dict:
     """Views of the fields of one rank's words."""
     batch, tokens, pages = shape.batch, shape.tokens, shape.pages
     fields = {"tokens": words[: batch * tokens].reshape(batch, tokens)}

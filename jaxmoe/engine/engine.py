@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 from jaxmoe.engine.config import EngineConfig
 from jaxmoe.engine.model import Model, Progress, no_progress
@@ -95,8 +95,10 @@ class Engine:
         self._scheduler.check_integrity()
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams = SamplingParams()  # noqa: B008 - frozen
-    ) -> Iterator[Output]:
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams = SamplingParams(),  # noqa: B008 - frozen
+    ) -> Generator[Output, None, None]:
         """Continues all prompts together and yields what each step brings; `request_id` is the prompt's index as text.
 
         Closing the iterator early cancels what is still running.

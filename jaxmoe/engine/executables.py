@@ -23,8 +23,9 @@ log = logging.getLogger(__name__)
 
 PACKED = P(RANKS, None)
 COMPILE_THREADS = 2
+SAMPLING_DTYPES: Any = Sampling(jnp.float32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)
 # A step program is small: splitting its code into 32 modules for parallel generation costs a CPU a fifth more time.
-CPU_OPTIONS = {"xla_cpu_parallel_codegen_split_count": 1}
+CPU_OPTIONS: dict[str, Any] = {"xla_cpu_parallel_codegen_split_count": 1}
 
 
 class Executables:
@@ -80,22 +81,20 @@ class Executables:
             decoder = merge(model.abstract, params)
             batch = unpack_ranks(packed, shape)
             context = PagedContext(cache, batch.block_table)
-            hidden, context, _ = decoder(batch.tokens, batch.positions, placement, context, model.execution)
-            assert context is not None
+            hidden, written, _ = decoder(batch.tokens, batch.positions, placement, context, model.execution)
+            assert written is not None
             logits = decoder.logits(last_rows(hidden, batch.length, shape))
-            return context.cache, logits.astype(jnp.float32), batch.sampling
+            return written.cache, logits.astype(jnp.float32), batch.sampling
 
         words = self._on_ranks((shape.packed_width,), jnp.int32)
         with jax.set_mesh(model.mesh):
-            lowered = jax.jit(forward, donate_argnums=2).lower(
-                model.params, model.placement, self._cache_shape, words
-            )
+            lowered = jax.jit(forward, donate_argnums=2).lower(model.params, model.placement, self._cache_shape, words)
         return lowered.compile(self._options)
 
     def compile_sampling(self, batch: int) -> Any:
         """The sampling program of one number of sequences a rank."""
         logits = self._on_ranks((batch, self._model.config.vocab_size), jnp.float32)
-        fields = Sampling(*(self._on_ranks((batch,), dtype) for dtype in Sampling.DTYPES))
+        fields = jax.tree.map(lambda dtype: self._on_ranks((batch,), dtype), SAMPLING_DTYPES)
         with jax.set_mesh(self._model.mesh):
             return jax.jit(sample_ranks).lower(logits, fields).compile(self._options)
 
@@ -117,12 +116,11 @@ def _abstract(leaf: Array) -> jax.ShapeDtypeStruct:
 def unpack_ranks(packed: Int[Array, "R words"], shape: StepShape) -> Batch:
     """Every rank's batch, fields with a leading axis R."""
 
-    def local(words: Array) -> tuple[Batch, Array]:
+    def local(words: Array) -> Batch:
         batch = unpack(words[0], shape)
         return jax.tree.map(lambda field: field[None], batch)
 
-    specs = Batch(*(RANK_ROWS if name in ("tokens", "block_table") else PACKED for name in Batch._fields))
-    return jax.shard_map(local, in_specs=PACKED, out_specs=specs, check_vma=False)(packed)
+    return jax.shard_map(local, in_specs=PACKED, out_specs=P(RANKS), check_vma=False)(packed)
 
 
 def last_rows(hidden: Float[Array, "R N D"], length: Int[Array, "R B"], shape: StepShape) -> Float[Array, "R B D"]:
@@ -142,5 +140,5 @@ def sample_ranks(logits: Float[Array, "R B V"], sampling: Sampling) -> Int[Array
         tokens, logprobs = sample(logits[0], *(field[0] for field in sampling))
         return jnp.stack([tokens, jax.lax.bitcast_convert_type(logprobs, jnp.int32)], axis=-1)[None]
 
-    specs = (RANK_ROWS, Sampling(*(PACKED for _ in Sampling._fields)))
-    return jax.shard_map(local, in_specs=specs, out_specs=RANK_ROWS, check_vma=False)(logits, sampling)
+    run = jax.shard_map(local, in_specs=(RANK_ROWS, PACKED), out_specs=RANK_ROWS, check_vma=False)
+    return run(logits, sampling)

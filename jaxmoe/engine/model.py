@@ -56,7 +56,7 @@ class Model:
         hf = read_config(self.folder)
         generation = read_generation_config(self.folder)
         family = family_of(hf)
-        self.config = family.config(hf)
+        self.config = family.read_config(hf)
         # generation_config.json, where there is one, has the last word on what ends a generation.
         self.eos_token_ids = token_ids(generation, "eos_token_id") or self.config.eos_token_ids
         self.recommended_sampling = {
@@ -80,7 +80,7 @@ class Model:
                 self.abstract,
                 family.keys,
                 config,
-                placement.slot_expert,
+                np.asarray(placement.slot_expert),
                 self.mesh,
                 self.dtype,
                 functools.partial(progress, "loading weights"),

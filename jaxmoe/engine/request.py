@@ -30,7 +30,9 @@ class SamplingParams:
     def validate(self, vocab_size: int) -> None:
         """Raises InvalidRequestError naming the first field whose value cannot work."""
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise InvalidRequestError(f"temperature={self.temperature} must be finite and >= 0 (0 is greedy)", "temperature")
+            raise InvalidRequestError(
+                f"temperature={self.temperature} must be finite and >= 0 (0 is greedy)", "temperature"
+            )
         if self.top_k < 0:
             raise InvalidRequestError(f"top_k={self.top_k} must be >= 0 (0 keeps all tokens)", "top_k")
         if not 0 < self.top_p <= 1:

@@ -6,11 +6,11 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jaxmoe.engine.batch import Buckets, pack
+from jaxmoe.engine.batch import Buckets, Ranks, pack
 from jaxmoe.engine.config import EngineConfig
 from jaxmoe.engine.executables import PACKED, Executables
 from jaxmoe.engine.model import Model, Progress, no_progress
-from jaxmoe.engine.scheduler import Chunk, StepPlan
+from jaxmoe.engine.scheduler import StepPlan
 from jaxmoe.errors import ConfigError
 from jaxmoe.models.kv_cache import bytes_per_page, make_cache
 
@@ -43,7 +43,7 @@ class Runner:
         calls = self._buckets.prefills(plan.prefills) if any(plan.prefills) else []
         if any(plan.decodes):
             calls.append((self._buckets.decode_shape(plan.decodes), plan.decodes))
-        launched: list[tuple[list[list[Chunk]], jax.Array]] = []
+        launched: list[tuple[Ranks, jax.Array]] = []
         for shape, ranks in calls:
             packed = jax.device_put(pack(shape, ranks), self._packed_sharding)
             self._cache, out = self.executables(shape, self._cache, packed)

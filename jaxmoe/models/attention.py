@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxmoe.models import kv_cache
 from jaxmoe.models.config import ModelConfig
-from jaxmoe.models.kv_cache import KVCache, PagedContext
+from jaxmoe.models.kv_cache import CACHE_PARTITION, KVCache, PagedContext
 from jaxmoe.ops.attention import attention, causal_mask
 from jaxmoe.ops.rope import cos_sin, rotate_half_split
 from jaxmoe.sharding.mesh import RANKS
@@ -71,7 +71,7 @@ class Attention(nnx.Module):
 
         ranks3 = P(RANKS, None, None)
         weights = (partition(*self.QUERY), partition(*self.KEY_VALUE), partition(*self.KEY_VALUE), partition(*self.OUT))
-        cache_specs = (KVCache.PARTITION, KVCache.PARTITION) if paged else ()
+        cache_specs = (CACHE_PARTITION, CACHE_PARTITION) if paged else ()
         run = jax.shard_map(
             local,
             in_specs=(ranks3, ranks3, P(), *weights, *cache_specs, *((ranks3,) if paged else ())),
@@ -81,6 +81,13 @@ class Attention(nnx.Module):
         paging = (*context.cache, context.block_table) if context is not None else ()
         with jax.named_scope("attention"):
             result, *stores = run(
-                x, positions, jnp.asarray(layer), self.query[...], self.key[...], self.value[...], self.out[...], *paging
+                x,
+                positions,
+                jnp.asarray(layer),
+                self.query[...],
+                self.key[...],
+                self.value[...],
+                self.out[...],
+                *paging,
             )
         return result, context._replace(cache=KVCache(*stores)) if context is not None else None

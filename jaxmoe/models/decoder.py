@@ -1,7 +1,6 @@
 """The skeleton that all families share: embed, layers of attention and experts, final norm, logits."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -48,7 +47,9 @@ class Routed(NamedTuple):
 class Decoder(nnx.Module):
     """Parameters of all layers, stacked on a leading axis, and the forward pass."""
 
-    def __init__(self, config: ModelConfig, slots: int, dtype: jnp.dtype, rngs: nnx.Rngs, vocab_split: bool = False) -> None:
+    def __init__(
+        self, config: ModelConfig, slots: int, dtype: jnp.dtype, rngs: nnx.Rngs, vocab_split: bool = False
+    ) -> None:
         self.config = config
         self.vocab_partition = partition("vocab" if vocab_split else None, None)
         layers, width = config.layers, config.width
@@ -75,7 +76,7 @@ class Decoder(nnx.Module):
         positions: Int[Array, "R B T"],
         placement: Placement,
         context: PagedContext | None = None,
-        execution: Execution = Execution(),  # noqa: B008 - frozen
+        execution: Execution = Execution(),
     ) -> tuple[Float[Array, "R N D"], PagedContext | None, Routed]:
         """Hidden states after the final norm, N = B * T rows a rank. Padding has position -1 and is routed nowhere.
 
@@ -121,9 +122,7 @@ class Decoder(nnx.Module):
             return jax.lax.all_gather(part, "tp", axis=2, tiled=True) if self._vocab_is_split else part
 
         with jax.named_scope("logits"):
-            run = jax.shard_map(
-                local, in_specs=(RANK_ROWS, self.vocab_partition), out_specs=RANK_ROWS, check_vma=False
-            )
+            run = jax.shard_map(local, in_specs=(RANK_ROWS, self.vocab_partition), out_specs=RANK_ROWS, check_vma=False)
             return run(hidden, table[...])
 
     @property
@@ -141,9 +140,7 @@ class Decoder(nnx.Module):
             return jax.lax.psum(jnp.where(mine[..., None], rows, 0), "tp")
 
         with jax.named_scope("embed"):
-            run = jax.shard_map(
-                local, in_specs=(RANK_ROWS, self.vocab_partition), out_specs=RANK_ROWS, check_vma=False
-            )
+            run = jax.shard_map(local, in_specs=(RANK_ROWS, self.vocab_partition), out_specs=RANK_ROWS, check_vma=False)
             return run(tokens, self.embed[...])
 
     def _norm(self, x: Float[Array, "R N D"], weight: Float[Array, "D"]) -> Float[Array, "R N D"]:
@@ -151,7 +148,7 @@ class Decoder(nnx.Module):
 
     def _route(
         self, x: Float[Array, "R N D"], positions: Int[Array, "R B T"], layer: int | Array, placement: Placement
-    ) -> tuple[Array, Array, Array, Array]:
+    ) -> tuple[Array, ...]:
         def local(x: Array, positions: Array, layer: Array, router: Array, placement: Placement) -> tuple[Array, ...]:
             logits = x[0] @ router[layer]
             experts, weights = softmax_top_k(logits, self.config.experts_per_token, positions.reshape(-1) >= 0)
@@ -168,7 +165,7 @@ class Decoder(nnx.Module):
             return run(x, positions, jnp.asarray(layer), self.router[...], placement)
 
 
-def merge(abstract: DecoderT, params: Mapping[str, Any]) -> DecoderT:
+def merge(abstract: DecoderT, params: dict[str, Any]) -> DecoderT:
     """The module with these parameters, inside a trace: the engine passes parameters as a plain dict of few leaves."""
     graph, state = nnx.split(abstract)
     nnx.replace_by_pure_dict(state, params)

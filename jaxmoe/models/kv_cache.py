@@ -15,14 +15,14 @@ from jaxmoe.models.config import ModelConfig
 from jaxmoe.sharding.mesh import spec_of
 from jaxmoe.sharding.rules import partition
 
+CACHE_PARTITION = partition(None, "ranks", None, "kv_heads", None)
+
 
 class KVCache(NamedTuple):
     """Keys (already rotated) and values of all layers."""
 
     keys: Float[Array, "L pages_of_all_ranks page Kv d"]
     values: Float[Array, "L pages_of_all_ranks page Kv d"]
-
-    PARTITION = partition(None, "ranks", None, "kv_heads", None)
 
 
 class PagedContext(NamedTuple):
@@ -37,8 +37,8 @@ def make_cache(
 ) -> KVCache:
     """An empty cache, allocated on its devices."""
     shape = (config.layers, spec_of(mesh).num_ranks * pages_per_rank, page_size, config.kv_heads, config.head_dim)
-    sharding = NamedSharding(mesh, KVCache.PARTITION)
-    zeros = jax.jit(lambda: jnp.zeros(shape, dtype, out_sharding=KVCache.PARTITION), out_shardings=sharding)
+    sharding = NamedSharding(mesh, CACHE_PARTITION)
+    zeros = jax.jit(lambda: jnp.zeros(shape, dtype, out_sharding=CACHE_PARTITION), out_shardings=sharding)
     with jax.set_mesh(mesh):
         return KVCache(zeros(), zeros())
 

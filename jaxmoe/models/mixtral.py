@@ -33,7 +33,7 @@ class Mixtral(Decoder):
     keys = KEYS
 
     @staticmethod
-    def config(hf: Mapping[str, Any]) -> ModelConfig:
+    def read_config(hf: Mapping[str, Any]) -> ModelConfig:
         """From `config.json`. Raises CheckpointError naming what is missing, malformed or not understood."""
         fields = Fields(hf)
         width, heads = fields("hidden_size", int), fields("num_attention_heads", int)

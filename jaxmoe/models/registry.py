@@ -13,5 +13,7 @@ def family_of(hf: Mapping[str, Any]) -> type[Mixtral]:
     """The module of a checkpoint, from its config's `model_type`. Raises CheckpointError naming those known."""
     kind = hf.get("model_type")
     if kind not in FAMILIES:
-        raise CheckpointError(f"config.json: model_type={kind!r} is not one this version serves ({', '.join(FAMILIES)})")
+        raise CheckpointError(
+            f"config.json: model_type={kind!r} is not one this version serves ({', '.join(FAMILIES)})"
+        )
     return FAMILIES[kind]

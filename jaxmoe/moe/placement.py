@@ -10,9 +10,9 @@ from jaxtyping import Array, Int
 class Placement(NamedTuple):
     """Slots and replicas of every layer. Replica lists are padded with slot 0 beyond `replica_count`."""
 
-    slot_expert: Int[Array, "L S"]
-    replica_slots: Int[Array, "L E replicas"]
-    replica_count: Int[Array, "L E"]
+    slot_expert: Int[Array | np.ndarray, "L S"]
+    replica_slots: Int[Array | np.ndarray, "L E replicas"]
+    replica_count: Int[Array | np.ndarray, "L E"]
 
 
 def initial_placement(num_layers: int, num_experts: int, num_slots: int) -> Placement:

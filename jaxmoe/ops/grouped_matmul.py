@@ -8,6 +8,7 @@ Rows come sorted by group. `implementation` selects:
 """
 
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -119,7 +120,7 @@ def swiglu(gate_up: Float[Array, "M two F"], activation: str) -> Float[Array, "M
     return ACTIVATIONS[activation](gate_up[:, 0]) * gate_up[:, 1]
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),

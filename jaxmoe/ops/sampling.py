@@ -44,9 +44,7 @@ def sample(
     return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-def keep_likely(
-    logits: Float[Array, "B V"], top_k: Int[Array, "B"], top_p: Float[Array, "B"]
-) -> Float[Array, "B V"]:
+def keep_likely(logits: Float[Array, "B V"], top_k: Int[Array, "B"], top_p: Float[Array, "B"]) -> Float[Array, "B V"]:
     """Logits with all but the top_k, and of these all but the top_p, set to -inf.
 
     No sort: the bits of non-negative floats are ordered as the floats are, so 31 halvings find the exact threshold

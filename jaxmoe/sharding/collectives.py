@@ -14,7 +14,9 @@ KINDS = (
     "ragged-all-to-all",
 )
 # `%name = type kind(operands), ...`. An asynchronous pair is read at its end: the type of a start holds the operands as well.
-_INSTRUCTION = re.compile(rf"^\s*(?:ROOT )?%?[\w.-]+ = (?P<type>.*?) (?P<kind>{'|'.join(KINDS)})(?:-done)?\(", re.MULTILINE)
+_INSTRUCTION = re.compile(
+    rf"^\s*(?:ROOT )?%?[\w.-]+ = (?P<type>.*?) (?P<kind>{'|'.join(KINDS)})(?:-done)?\(", re.MULTILINE
+)
 _ARRAY = re.compile(r"\b(?P<dtype>[a-z]\w*)\[(?P<shape>[\d,]*)\]")
 
 

@@ -80,7 +80,9 @@ def test_null_key_value_heads_are_as_many_as_query_heads(reference_checkpoint):
 
 def test_logits_equal_transformers_from_many_files(reference_checkpoint):
     reference = reference_checkpoint(shard="20KB")
-    assert len(set(json.loads((reference.folder / "model.safetensors.index.json").read_text())["weight_map"].values())) > 2
+    assert (
+        len(set(json.loads((reference.folder / "model.safetensors.index.json").read_text())["weight_map"].values())) > 2
+    )
     np.testing.assert_allclose(
         Model(reference.folder).logits(reference.tokens), reference.logits, atol=TOLERANCE, rtol=0
     )

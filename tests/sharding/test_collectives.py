@@ -51,7 +51,9 @@ def test_a_layer_has_two_all_to_alls_and_one_scalar_all_reduce_and_nothing_else(
     # What travels is rows, each with its slot on the way out; never a weight.
     rows = 4 * capacity_for(PROGRAMS[program] * model.config.experts_per_token, 4, model.execution.capacity_factor)
     payloads = [one.bytes for one in found if one.kind == "all-to-all"]
-    assert sorted(payloads) == sorted(layers * [rows * 4 * width for width in (model.config.width, model.config.width + 1)])
+    assert sorted(payloads) == sorted(
+        layers * [rows * 4 * width for width in (model.config.width, model.config.width + 1)]
+    )
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -1,0 +1,59 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmoe.ops.attention import attention, causal_mask
+
+
+def one_query_at_a_time(query, key, value, mask, scale):
+    batch, length, heads, _ = query.shape
+    out = np.zeros((batch, length, heads, value.shape[-1]))
+    for b, t, h in np.ndindex(batch, length, heads):
+        shared = h // (heads // key.shape[2])
+        seen = np.flatnonzero(mask[b, t])
+        scores = np.exp(scale * key[b, seen, shared].astype(np.float64) @ query[b, t, h])
+        out[b, t, h] = scores / scores.sum() @ value[b, seen, shared]
+    return out
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_attention_equals_one_query_at_a_time(kv_heads):
+    rng = np.random.default_rng(0)
+    query, key, value = (
+        rng.normal(size=shape).astype(np.float32) for shape in [(2, 5, 6, 8), (2, 7, kv_heads, 8), (2, 7, kv_heads, 4)]
+    )
+    mask = rng.random((2, 5, 7)) < 0.6
+    mask[:, :, 3] = True
+    out = attention(*map(jnp.asarray, (query, key, value, mask)), 0.3)
+    np.testing.assert_allclose(out, one_query_at_a_time(query, key, value, mask, 0.3), atol=1e-5)
+
+
+def test_a_query_that_sees_nothing_gives_finite_numbers():
+    out = attention(jnp.ones((1, 1, 2, 4)), jnp.ones((1, 3, 1, 4)), jnp.ones((1, 3, 1, 4)), jnp.zeros((1, 1, 3), bool), 1.0)
+    assert np.isfinite(out).all()
+
+
+def test_a_masked_value_however_large_never_counts():
+    value = jnp.array([1.0, 3e38]).reshape(1, 2, 1, 1)
+    mask = jnp.array([[[True, False]]])
+    out = attention(jnp.ones((1, 1, 1, 1)), jnp.ones((1, 2, 1, 1)), value, mask, 1.0)
+    assert out.item() == 1
+
+
+def test_a_query_sees_its_own_and_earlier_positions():
+    mask = causal_mask(jnp.array([[0, 2]]), jnp.array([[0, 1, 2, 3]]))
+    np.testing.assert_array_equal(mask, [[[1, 0, 0, 0], [1, 1, 1, 0]]])
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 100])
+def test_a_window_of_w_sees_w_keys_with_the_query_s_own(window):
+    positions = jnp.arange(10)[None]
+    seen = np.asarray(causal_mask(positions, positions, window))[0]
+    np.testing.assert_array_equal(seen.sum(-1), np.minimum(np.arange(10) + 1, window))
+    assert seen.diagonal().all()
+
+
+def test_padding_is_seen_by_nobody_and_sees_nothing():
+    mask = np.asarray(causal_mask(jnp.array([[0, 1, -1]]), jnp.array([[0, 1, -1]])))[0]
+    assert not mask[:, 2].any()
+    assert not mask[2].any()
