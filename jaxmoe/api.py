@@ -10,7 +10,7 @@ from jaxmoe.engine.config import EngineConfig
 from jaxmoe.engine.engine import Engine
 from jaxmoe.engine.model import Model
 from jaxmoe.engine.request import SamplingParams
-from jaxmoe.serving.tokenization import AnswerText, Tokenizer
+from jaxmoe.serving.tokenization import Tokenizer
 
 
 class LoadedModel(Model):
@@ -36,7 +36,7 @@ class LoadedModel(Model):
         tokens = [self.tokenizer.encode(text) for text in texts]
         for output in self._engine.generate(tokens, SamplingParams(**params)):
             answers[int(output.request_id)] += output.token_ids
-        decoded = [AnswerText(self.tokenizer).push(answer, last=True) for answer in answers]
+        decoded = [self.tokenizer.decode(answer) for answer in answers]
         return decoded[0] if isinstance(prompts, str) else decoded
 
     @functools.cached_property

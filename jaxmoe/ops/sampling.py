@@ -28,7 +28,9 @@ def sample(
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def draw() -> Int[Array, "B"]:
-        scaled = logits / jnp.where(temperature > 0, temperature, 1.0)[:, None]
+        # The likeliest token stays at 0, so that no temperature, however small, carries it to infinity.
+        below = logits - jnp.max(logits, axis=-1, keepdims=True)
+        scaled = below / jnp.where(temperature > 0, temperature, 1.0)[:, None]
         filtered = jnp.any((temperature > 0) & ((top_k > 0) | (top_p < 1)))
         kept = jax.lax.cond(filtered, lambda: keep_likely(scaled, top_k, top_p), lambda: scaled)
         # Threefry takes two words as its key: seed and position serve as they are, without hashing them into one first,

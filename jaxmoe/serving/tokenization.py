@@ -96,6 +96,11 @@ class Tokenizer:
                 ids.insert(0, bos)
         return ids
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of whole token sequences, special tokens left out."""
+        detokenizer = Detokenizer(self)
+        return "".join(map(detokenizer.push, tokens)) + detokenizer.flush()
+
     def is_special(self, token: int) -> bool:
         return token in self._added and self._added[token].special
 
