@@ -2,9 +2,9 @@
 
     python benchmarks/serving.py [--mesh dp=1,ep=1] [--streams 1,8,32] [--tokens 128]
 
-Prints start-up time with an empty and with a filled compile cache, then for each number of concurrent gRPC streams: tokens
-a second over all of them, time to first token and time between tokens (median and 99th percentile), and the ratio to
-transformers' batched greedy `generate` (skipped where torch is not installed).
+Prints start-up time with an empty and with a filled compile cache, then for each number of concurrent gRPC streams:
+tokens a second over all of them, time to first token and time between tokens (median and 99th percentile), and the
+ratio to transformers' batched greedy `generate` (skipped where torch is not installed).
 """
 
 import argparse

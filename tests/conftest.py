@@ -1,4 +1,4 @@
-"""Eight virtual devices, compiled programs kept between runs, shapes checked, and small checkpoints with transformers' answers."""
+"""Eight virtual devices, compiled programs kept between runs, shapes checked, checkpoints with transformers' answers."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# XLA:CPU runs out of threads, and hangs, once several launches with collectives are in flight on more devices than it has cores.
+# XLA:CPU runs out of threads, and hangs, with several launches with collectives in flight on more devices than cores.
 os.environ["NPROC"] = "16"
 # The programs of tests are small: splitting each into 32 modules for parallel code generation only costs time.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_parallel_codegen_split_count=1"
@@ -87,8 +87,8 @@ def randomise(model: Any) -> None:
 def reference_checkpoint(tmp_path_factory):
     """A factory of tiny random Mixtrals: `reference_checkpoint(num_key_value_heads=1, edit={"head_dim": None})`.
 
-    edit, remove: changes to the saved config.json, and keys taken out of it, before either side reads it. shard: the
-    `max_shard_size` of its files. dtype: that of its files. The same call gives the same checkpoint.
+    edit, remove: changes to the saved config.json, and keys taken out of it, before either side reads it.
+    shard, dtype: `max_shard_size` and element type of its files. The same call gives the same checkpoint.
     """
     import torch
     from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM

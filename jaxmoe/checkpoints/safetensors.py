@@ -1,4 +1,7 @@
-"""Reading safetensors files by byte range (https://huggingface.co/docs/safetensors): tensors are views of mapped files."""
+"""Reading safetensors files by byte range: tensors are views of mapped files.
+
+The format: https://huggingface.co/docs/safetensors
+"""
 
 import dataclasses
 import json
@@ -42,7 +45,10 @@ class StoredTensor:
 
 
 class SafetensorsCheckpoint:
-    """All tensors of a folder by name, over one file or the many of an index. Raises CheckpointError when one is not whole."""
+    """All tensors of a folder by name, over one file or the many of an index.
+
+    Raises CheckpointError when one is not whole.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -50,6 +56,8 @@ class SafetensorsCheckpoint:
         index = folder / INDEX
         if index.exists():
             wanted: dict[str, str] = read_json(index).get("weight_map", {})
+            if not isinstance(wanted, dict) or not all(isinstance(name, str) for name in wanted.values()):
+                raise CheckpointError(f"{index} must map names of tensors to names of files under weight_map")
             for name in sorted(set(wanted.values())):
                 if "/" in name or "\\" in name:
                     raise CheckpointError(f"{index}: file name {name!r} points outside the checkpoint folder")
@@ -80,15 +88,20 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
                     f"{file} is cut short or not a safetensors file ({size} bytes); download it again"
                 )
             header = json.loads(stream.read(length))
+        if not isinstance(header, dict):
+            raise ValueError(f"its header is a {type(header).__name__}, not an object")
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         if size < 8 + length + end:
             raise CheckpointError(
-                f"{file} is cut short: {size} bytes of the {8 + length + end} that its header promises; download it again"
+                f"{file} is cut short: {size} bytes of the {8 + length + end} that its header promises; "
+                "download it again"
             )
         tensors = {}
         for name, entry in entries.items():
             begin, stop = entry["data_offsets"]
+            if begin < 0:
+                raise ValueError(f"{name} begins {-begin} bytes before the data")
             stored = StoredTensor(file, 8 + length + begin, tuple(entry["shape"]), entry["dtype"])
             item = DTYPES[stored.dtype].itemsize if stored.dtype in DTYPES else None
             if item is not None and math.prod(stored.shape) * item != stop - begin:

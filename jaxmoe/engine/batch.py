@@ -51,7 +51,10 @@ class Sampling(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A step's input, unpacked on the device: of one rank, or of all with a leading axis R. A row of length 0 is padding."""
+    """A step's input, unpacked on the device: of one rank, or of all with a leading axis R.
+
+    A row of length 0 is padding.
+    """
 
     tokens: Int[Array, "*R B T"]
     block_table: Int[Array, "*R B pages"]

@@ -105,7 +105,9 @@ class Model:
         )
 
     def logits(self, token_ids: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "B T V"]:
-        """Logits at every position of every row, float32, without a cache. Raises InvalidRequestError on a bad id or shape.
+        """Logits at every position of every row, float32, without a cache.
+
+        Raises InvalidRequestError on a bad id or shape.
 
         Compiles once for each shape.
         """

@@ -60,7 +60,10 @@ class Runner:
 
 
 def default_pages(model: Model, config: EngineConfig, max_context: int) -> int:
-    """Pages for a full batch at full context, or as many as the memory left over holds. Raises ConfigError if under one context."""
+    """Pages for a full batch at full context, or as many as the memory left over holds.
+
+    Raises ConfigError if under one context.
+    """
     device = model.mesh.devices.flat[0]
     per_context = -(-max_context // config.page_size)
     page = bytes_per_page(model.config, config.page_size, model.dtype) // model.mesh_spec.tp
@@ -73,7 +76,7 @@ def default_pages(model: Model, config: EngineConfig, max_context: int) -> int:
     pages = min(config.max_batch * per_context, memory // page)
     if pages < per_context:
         raise ConfigError(
-            f"the memory left for KV pages ({memory / 2**20:.0f} MiB a device) holds {pages * config.page_size} tokens, "
-            f"less than one context of {max_context}; use a smaller --max-context or more devices"
+            f"the memory left for KV pages ({memory / 2**20:.0f} MiB a device) holds {pages * config.page_size} "
+            f"tokens, less than one context of {max_context}; use a smaller --max-context or more devices"
         )
     return pages

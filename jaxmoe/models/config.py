@@ -100,9 +100,12 @@ class Fields:
 
 
 def token_ids(config: Mapping[str, Any], key: str) -> tuple[int, ...]:
-    """`eos_token_id` and its kin: null, one id or a list of ids."""
+    """`eos_token_id` and its kin: null, one id or a list of ids. Raises CheckpointError."""
     value = config.get(key)
-    return tuple(value) if isinstance(value, list) else () if value is None else (int(value),)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(id_, int) for id_ in ids):
+        raise CheckpointError(f"{key}={value!r} must be a token id, a list of them or null")
+    return tuple(ids)
 
 
 def rope_from(fields: Fields, default_theta: float, max_position: int) -> RopeConfig:

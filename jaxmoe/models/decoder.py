@@ -80,8 +80,8 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "R N D"], PagedContext | None, Routed]:
         """Hidden states after the final norm, N = B * T rows a rank. Padding has position -1 and is routed nowhere.
 
-        Without a context, row t attends to rows of its own sequence at positions up to its own; with one, keys and values
-        are written to the cache's pages first and attention runs over the pages.
+        Without a context, row t attends to rows of its own sequence at positions up to its own; with one, keys and
+        values are written to the cache's pages first and attention runs over the pages.
         """
         tokens, positions = jax.sharding.reshard((tokens, positions), (RANK_ROWS, RANK_ROWS))
         x = self._embed(tokens)

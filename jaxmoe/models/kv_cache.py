@@ -1,7 +1,8 @@
 """The paged key-value cache on the device, and how a batch addresses it.
 
-Every attention rank owns its run of the pages' axis, which is split over ranks; a block table names, for each sequence of the batch,
-the pages that hold its context in order, numbered from 0 on each rank. Token p of a sequence lies in page table[p // page_size], place p % page_size.
+Every attention rank owns its run of the pages' axis, which is split over ranks; a block table names, for each sequence
+of the batch, the pages that hold its context in order, numbered from 0 on each rank. Token p of a sequence lies in page
+table[p // page_size], place p % page_size.
 """
 
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Mixtral (arXiv:2401.04088): grouped-query attention, every layer a mixture of SwiGLU experts, softmax top-k routing."""
+"""Mixtral (arXiv:2401.04088): grouped-query attention, each layer a mixture of SwiGLU experts, softmax top-k router."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -47,7 +47,7 @@ class Mixtral(Decoder):
             heads=heads,
             # A key that is absent means the family's default of 8; null means as many as query heads.
             kv_heads=fields("num_key_value_heads", int, heads if "num_key_value_heads" in hf else 8),
-            head_dim=fields("head_dim", int, width // heads),
+            head_dim=fields("head_dim", int, width // max(heads, 1)),
             experts=fields("num_local_experts", int, 8),
             experts_per_token=fields("num_experts_per_tok", int, 2),
             expert_width=fields("intermediate_size", int),

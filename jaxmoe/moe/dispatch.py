@@ -3,10 +3,10 @@
 One contract, `mixture(x, slots, weights, experts, layer, strategy)`, and these strategies, all equal:
 
 * "dense": every expert computes every token. The oracle; gathers all weights.
-* "all_to_all": tokens travel. Rows wait in one queue per destination device; a buffer of `capacity` rows a destination is
-  exchanged by resharding it from the token layout to the expert layout, which XLA compiles to one all-to-all, and back by
-  another; rounds go on until the longest queue on any device is empty. Nothing is ever dropped and no shape depends on the
-  routing: `capacity` tunes speed only. With one device along `ep` there is nothing to exchange and no round.
+* "all_to_all": tokens travel. Rows wait in one queue per destination device; a buffer of `capacity` rows a destination
+  is exchanged by resharding it from the token layout to the expert layout, which XLA compiles to one all-to-all, and
+  back by another; rounds go on until the longest queue on any device is empty. Nothing is ever dropped and no shape
+  depends on the routing: `capacity` tunes speed only. With one device along `ep` there is nothing to exchange.
 """
 
 import functools
@@ -39,7 +39,10 @@ def mixture(
     strategy: Strategy = "all_to_all",
     capacity_factor: float = 2.0,
 ) -> Float[Array, "R N D"]:
-    """sum_k weights[k] * expert[slots[k]](x), summed in order of k in float32 and cast to x's dtype. Slot -1 adds nothing."""
+    """sum_k weights[k] * expert[slots[k]](x), summed in order of k in float32 and cast to x's dtype.
+
+    Slot -1 adds nothing.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     with jax.named_scope("moe"):
         if strategy == "dense":

@@ -1,4 +1,7 @@
-"""Which physical slot holds which logical expert. Placement is data: an argument of the compiled step, never a constant."""
+"""Which physical slot holds which logical expert.
+
+Placement is data: an argument of the compiled step, never a constant.
+"""
 
 from typing import NamedTuple
 

@@ -8,7 +8,9 @@ from jaxtyping import Array, Bool, Float, Int
 def causal_mask(
     query_positions: Int[Array, "B Tq"], key_positions: Int[Array, "B Tk"], window: int | None = None
 ) -> Bool[Array, "B Tq Tk"]:
-    """Which keys each query sees: j <= i, and with a sliding window of w also i - w < j. Negative positions are padding.
+    """Which keys each query sees: j <= i, and with a sliding window of w also i - w < j.
+
+    Negative positions are padding.
 
     >>> causal_mask(jnp.array([[2]]), jnp.array([[0, 1, 2, 3]]), window=2)
     [[[False, True, True, False]]]

@@ -2,8 +2,8 @@
 
 Rows come sorted by group. `implementation` selects:
 
-* "tiles": walks tiles of rows that belong to one group, as many as there are non-empty tiles. Only the matrices of groups
-  that received a row are read, so a decode step pays for active experts alone. The default.
+* "tiles": walks tiles of rows that belong to one group, as many as there are non-empty tiles. Only the matrices of
+  groups that received a row are read, so a decode step pays for active experts alone. The default.
 * "ragged_dot": `jax.lax.ragged_dot`, the reference. XLA computes all groups on a CPU.
 """
 
@@ -42,9 +42,12 @@ def grouped_matmul(
 
 
 class _Tiles:
-    """Which rows each tile covers. Tiles follow the sorted rows, so a tile is a contiguous slice that belongs to one group.
+    """Which rows each tile covers.
 
-    group_sizes [5, 0, 3], tiles of 4 rows:  tile 0: group 0, rows 0..3   tile 1: group 0, row 4   tile 2: group 2, rows 5..7
+    Tiles follow the sorted rows, so a tile is a contiguous slice that belongs to one group.
+
+    group_sizes [5, 0, 3] in tiles of 4 rows:
+        tile 0: group 0, rows 0..3    tile 1: group 0, row 4    tile 2: group 2, rows 5..7
     A tile that its group does not fill reads on into the next group's rows (here tile 1 reads rows 4..7).
     """
 

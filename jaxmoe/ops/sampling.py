@@ -19,9 +19,9 @@ def sample(
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
     """The token of every row and its log-probability under the unmodified logits.
 
-    temperature 0 takes the most likely token (the lowest id on ties). Otherwise logits are divided by it, the top_k most
-    likely are kept (0: all), of these the smallest set whose share of the probability reaches top_p, and one is drawn by
-    the Gumbel trick. Tokens as likely as the last one kept are kept too, as in transformers' TopKLogitsWarper.
+    temperature 0 takes the most likely token (the lowest id on ties). Otherwise logits are divided by it, the top_k
+    most likely are kept (0: all), of these the smallest set whose share of the probability reaches top_p, and one is
+    drawn by the Gumbel trick. Tokens as likely as the last one kept are kept too, as in transformers' TopKLogitsWarper.
     The draw depends on (seed, position) alone: the same request gets the same tokens in any batch.
     """
     logits = logits.astype(jnp.float32)

@@ -13,7 +13,8 @@ KINDS = (
     "collective-broadcast",
     "ragged-all-to-all",
 )
-# `%name = type kind(operands), ...`. An asynchronous pair is read at its end: the type of a start holds the operands as well.
+# `%name = type kind(operands), ...`. An asynchronous pair is read at its end: the type of its start holds operands as
+# well.
 _INSTRUCTION = re.compile(
     rf"^\s*(?:ROOT )?%?[\w.-]+ = (?P<type>.*?) (?P<kind>{'|'.join(KINDS)})(?:-done)?\(", re.MULTILINE
 )

@@ -8,7 +8,10 @@ from jaxmoe.errors import MeshError
 
 
 def virtual_devices(count: int) -> None:
-    """Makes the CPU act as at least `count` devices. Has no effect on accelerators; raises MeshError once it is too late."""
+    """Makes the CPU act as at least `count` devices.
+
+    Has no effect on accelerators; raises MeshError once it is too late.
+    """
     if jax.config.jax_num_cpu_devices >= count:  # type: ignore[attr-defined]
         return
     try:

@@ -60,11 +60,14 @@ class MeshSpec:
 
 
 def make_mesh(spec: MeshSpec) -> Mesh:
-    """The mesh over the first `spec.num_devices` devices, all axes of explicit type. Raises MeshError when they are too few."""
+    """The mesh over the first `spec.num_devices` devices, all axes of explicit type.
+
+    Raises MeshError when they are too few.
+    """
     devices = jax.devices()
     if spec.num_devices > len(devices):
         hint = (
-            f"; on a CPU ask for virtual devices before the first computation: jaxmoe.virtual_devices({spec.num_devices})"
+            f"; on a CPU call jaxmoe.virtual_devices({spec.num_devices}) before the first computation"
             if devices[0].platform == "cpu"
             else ""
         )

@@ -1,4 +1,7 @@
-"""One table from what an axis means to the mesh axis that splits it. Every parameter and cache names its axes by meaning."""
+"""One table from what an axis means to the mesh axis that splits it.
+
+Every parameter and cache names its axes by meaning.
+"""
 
 from jax.sharding import PartitionSpec as P
 

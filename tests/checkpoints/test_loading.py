@@ -104,7 +104,10 @@ def header(value):
         (header([1]), "is not a readable safetensors file"),
         (header({"a": 1}), "is not a readable safetensors file"),
         (header({"a": {"dtype": "F32", "shape": [2]}}), "is not a readable safetensors file"),
-        (header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}) + bytes(4), "a has 4 bytes, not those of"),
+        (
+            header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}) + bytes(4),
+            "a has 4 bytes, not those of",
+        ),
         (header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}), "is not a readable safetensors file"),
     ],
 )
@@ -167,7 +170,10 @@ def test_a_config_that_is_no_json_object_is_told(folder, text, told):
     ("values", "told"),
     [
         ({"model_type": "mamba"}, "model_type='mamba' is not one this version serves (mixtral"),
-        ({"router_scaling": 2, "logit_softcap": 1}, "effect on the model is not known here: logit_softcap, router_scaling"),
+        (
+            {"router_scaling": 2, "logit_softcap": 1},
+            "effect on the model is not known here: logit_softcap, router_scaling",
+        ),
         ({"quantization_config": {"bits": 4}}, "effect on the model is not known here: quantization_config"),
         ({"hidden_size": None}, "config.json lacks 'hidden_size', which this model needs"),
         ({"hidden_size": "32"}, "hidden_size='32' must be of type int"),
@@ -180,7 +186,10 @@ def test_a_config_that_is_no_json_object_is_told(folder, text, told):
         ({"sliding_window": 0}, "sliding_window=0 must be at least 1 or null"),
         ({"eos_token_id": "</s>"}, "eos_token_id='</s>' must be a token id, a list of them or null"),
         ({"eos_token_id": [1, "</s>"]}, "eos_token_id=[1, '</s>'] must be a token id, a list of them or null"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not one of default, linear"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            "rope type 'dynamic' is not one of default, linear",
+        ),
         ({"rope_parameters": {"rope_type": "linear"}}, "lacks 'factor'"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, "rope factor=0.5 must be at least 1"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "wobble": 1}}, "not known here: wobble"),
@@ -191,7 +200,9 @@ def test_a_config_value_that_cannot_be_served_is_told_by_name(folder, change_con
     assert told in error_of(folder)
 
 
-@pytest.mark.parametrize("key", ["hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "intermediate_size"])
+@pytest.mark.parametrize(
+    "key", ["hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "intermediate_size"]
+)
 def test_a_key_that_every_model_needs_is_told_when_absent(folder, change_config, key):
     change_config(remove=(key,))
     assert f"config.json lacks {key!r}, which this model needs" in error_of(folder)

@@ -113,7 +113,8 @@ def test_layers_written_out_equal_layers_scanned(reference_checkpoint):
 CACHED = {
     "grouped queries": {},
     "one wide key-value head, sliding window, yarn, tied": {
-        "num_key_value_heads": 1, "head_dim": 12, "sliding_window": 5, "rope_parameters": YARN, "tie_word_embeddings": True,
+        "num_key_value_heads": 1, "head_dim": 12, "sliding_window": 5,
+        "rope_parameters": YARN, "tie_word_embeddings": True,
     },
     "as many key-value heads, llama3, one expert": {
         "num_key_value_heads": 4, "num_experts_per_tok": 1,

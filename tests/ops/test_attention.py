@@ -29,7 +29,9 @@ def test_attention_equals_one_query_at_a_time(kv_heads):
 
 
 def test_a_query_that_sees_nothing_gives_finite_numbers():
-    out = attention(jnp.ones((1, 1, 2, 4)), jnp.ones((1, 3, 1, 4)), jnp.ones((1, 3, 1, 4)), jnp.zeros((1, 1, 3), bool), 1.0)
+    out = attention(
+        jnp.ones((1, 1, 2, 4)), jnp.ones((1, 3, 1, 4)), jnp.ones((1, 3, 1, 4)), jnp.zeros((1, 1, 3), bool), 1.0
+    )
     assert np.isfinite(out).all()
 
 

@@ -68,7 +68,9 @@ def test_one_row_and_groups_of_more_than_a_tile(sizes):
 @given(sizes=st.lists(st.integers(0, 8), min_size=5, max_size=5))
 def test_any_group_sizes_give_the_same_by_tiles_as_by_ragged_dot(sizes):
     rows, weights = operands(40, 5)
-    by_tiles, reference = (run(rows, weights, np.array(sizes, np.int32), implementation=name) for name in IMPLEMENTATIONS)
+    by_tiles, reference = (
+        run(rows, weights, np.array(sizes, np.int32), implementation=name) for name in IMPLEMENTATIONS
+    )
     np.testing.assert_allclose(by_tiles, reference, atol=1e-5)
 
 
@@ -76,7 +78,9 @@ def test_any_group_sizes_give_the_same_by_tiles_as_by_ragged_dot(sizes):
 def test_gradients_by_tiles_equal_those_of_ragged_dot(name):
     rows, weights = operands(40, 7)
     direction = np.random.default_rng(1).normal(size=(40, OUT)).astype(np.float32)
-    by_tiles, reference = (GRADIENT[name_](rows, weights, np.array(GROUP_SIZES[name], np.int32), direction) for name_ in GRADIENT)
+    by_tiles, reference = (
+        GRADIENT[name_](rows, weights, np.array(GROUP_SIZES[name], np.int32), direction) for name_ in GRADIENT
+    )
     for ours, expected in zip(by_tiles, reference, strict=True):
         np.testing.assert_allclose(ours, expected, atol=1e-4)
 

@@ -49,7 +49,10 @@ READINGS = {
     "yarn": (YARN, yarn()),
     "yarn of other betas": ({**YARN, "beta_fast": 8.0, "beta_slow": 2.0}, yarn(8, 2)),
     "yarn not truncated": ({**YARN, "beta_fast": 8.0, "truncate": False}, yarn(8, truncate=False)),
-    "yarn of equal betas": ({**YARN, "beta_fast": 2.0, "beta_slow": 2.0, "truncate": False}, yarn(2, 2, truncate=False)),
+    "yarn of equal betas": (
+        {**YARN, "beta_fast": 2.0, "beta_slow": 2.0, "truncate": False},
+        yarn(2, 2, truncate=False),
+    ),
 }
 
 

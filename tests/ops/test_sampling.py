@@ -71,7 +71,8 @@ def test_tokens_tied_with_the_last_one_kept_are_kept_too():
 
 
 @pytest.mark.parametrize(
-    "setting", [{}, {"temperature": 0.5}, {"temperature": 2.0}, {"top_k": 4}, {"top_p": 0.8}, {"top_k": 10, "top_p": 0.7}]
+    "setting",
+    [{}, {"temperature": 0.5}, {"temperature": 2.0}, {"top_k": 4}, {"top_p": 0.8}, {"top_k": 10, "top_p": 0.7}],
 )
 @pytest.mark.parametrize("varied", ["seed", "position"])
 def test_draws_follow_the_softmax_of_what_is_kept(setting, varied):
@@ -80,7 +81,9 @@ def test_draws_follow_the_softmax_of_what_is_kept(setting, varied):
     chosen = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **setting}
     tokens, _ = draw(np.repeat(logits, count, 0), **rows(count, **chosen, **{varied: np.arange(count)}))
     kept = keep_likely(
-        jnp.asarray(logits / chosen["temperature"]), jnp.array([chosen["top_k"]]), jnp.array([chosen["top_p"]], jnp.float32)
+        jnp.asarray(logits / chosen["temperature"]),
+        jnp.array([chosen["top_k"]]),
+        jnp.array([chosen["top_p"]], jnp.float32),
     )
     expected = count * scipy.special.softmax(np.asarray(kept, np.float64)[0])
     observed = np.bincount(tokens, minlength=VOCABULARY)

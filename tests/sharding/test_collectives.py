@@ -20,7 +20,7 @@ PROGRAMS = {"forward": BATCH * LENGTH, "decode": DECODE.batch, "prefill": PREFIL
 
 @pytest.fixture(scope="module")
 def compile_on(reference_checkpoint):
-    """`compile_on("dp=2,ep=4", "decode")`: the model, and the collectives of one of its programs. Layers are written out."""
+    """`compile_on("dp=2,ep=4", "decode")`: the model, and the collectives of a program of it with all layers written out."""
     models = {}
 
     def compile_on(mesh, program):

@@ -50,7 +50,7 @@ def test_a_mesh_that_does_not_parse_is_told_with_its_text(text, told):
 
 @pytest.mark.parametrize("size", [0, -1, 2.0, "2", None])
 def test_a_size_that_is_no_whole_number_is_refused(size):
-    with pytest.raises(MeshError, match="mesh axis ep=.* must be a whole number of at least 1"):
+    with pytest.raises(MeshError, match=r"mesh axis ep=.* must be a whole number of at least 1"):
         MeshSpec(ep=size)
 
 
