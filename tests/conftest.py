@@ -1,4 +1,4 @@
-"""Eight virtual devices, compiled programs kept between runs, shapes checked, checkpoints with transformers' answers."""
+"""Eight virtual devices, checked shapes, compiled programs kept between runs, and checkpoints with known logits."""
 
 import dataclasses
 import json

@@ -141,7 +141,7 @@ class Trainer:
         self.mesh = make_mesh(MeshSpec())
         self.placement = initial_placement(self.config.layers, self.config.experts, self.config.experts)
         with jax.set_mesh(self.mesh):
-            model = Mixtral(self.config, self.config.experts, jnp.float32, nnx.Rngs(seed))
+            model = Mixtral(self.config, self.config.experts, jnp.dtype("float32"), nnx.Rngs(seed))
             self.abstract = nnx.eval_shape(lambda: model)
         self.params: Any = nnx.to_pure_dict(nnx.state(model))
         schedule = optax.warmup_cosine_decay_schedule(
@@ -152,8 +152,11 @@ class Trainer:
             optax.clip_by_global_norm(recipe.clip),
             optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=recipe.weight_decay, mask=decays),
         )
-        # On the mesh from the start, so that the second step finds what the first one compiled.
-        self.opt_state = jax.device_put(self.optimizer.init(self.params), NamedSharding(self.mesh, P()))
+        # Moments lie as their parameters do; scalars on the mesh too, or the second step would compile again.
+        on_mesh = NamedSharding(self.mesh, P())
+        self.opt_state = jax.tree.map(
+            lambda leaf: leaf if leaf.ndim else jax.device_put(leaf, on_mesh), self.optimizer.init(self.params)
+        )
         self.step = 0
 
     def _loss(
@@ -203,11 +206,14 @@ class Trainer:
 
     def save(self, path: Path) -> None:
         """Keeps what resuming needs; the previous state stays whole until this one is."""
-        fresh = path.with_name(path.name + ".new")
-        shutil.rmtree(fresh, ignore_errors=True)
+        fresh, stale = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
+        for leftover in (fresh, stale):
+            shutil.rmtree(leftover, ignore_errors=True)
         ocp.save(fresh, {"params": self.params, "opt_state": self.opt_state, "step": np.array(self.step, np.int32)})
-        shutil.rmtree(path, ignore_errors=True)
+        if path.exists():
+            path.rename(stale)
         fresh.rename(path)
+        shutil.rmtree(stale, ignore_errors=True)
 
     def restore(self, path: Path) -> None:
         like = {"params": self.params, "opt_state": self.opt_state, "step": np.array(0, np.int32)}
@@ -217,7 +223,7 @@ class Trainer:
     def export(self, out: Path, tokenizer_dir: Path) -> None:
         """Writes the checkpoint in Hugging Face's layout, weights in bfloat16."""
         out.mkdir(parents=True, exist_ok=True)
-        save_hf(out, Mixtral.keys, self.config, self.params, jnp.bfloat16)
+        save_hf(out, Mixtral.keys, self.config, self.params, jnp.dtype("bfloat16"))
         hf = next(config for config in CONFIGS.values() if config["model_type"] == self.config.model_type)
         (out / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
         generation = {"bos_token_id": 1, "eos_token_id": 2, "do_sample": True, "temperature": 0.7, "top_p": 0.9}

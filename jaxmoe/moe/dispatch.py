@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.moe.experts import Experts, apply_experts
+from jaxmoe.ops.grouped_matmul import swiglu
 from jaxmoe.sharding.mesh import AXES, RANKS
 from jaxmoe.sharding.rules import partition
 
@@ -66,7 +67,7 @@ def _dense(x: Array, slots: Array, weights: Array, experts: Experts, layer: int 
     def local(x: Array, slots: Array, weights: Array, gate_up: Array, down: Array, layer: Array) -> Array:
         act = functools.partial(jnp.einsum, preferred_element_type=x.dtype)
         hidden = act("nd,sdtf->nstf", x[0], gate_up[layer])
-        from_slots = act("nsf,sfd->nsd", _swiglu_all(hidden, experts.activation), down[layer])
+        from_slots = act("nsf,sfd->nsd", swiglu(hidden, experts.activation), down[layer])
         chosen = jax.nn.one_hot(slots[0], gate_up.shape[1], dtype=x.dtype)
         return _combine(jnp.einsum("nks,nsd->nkd", chosen, from_slots), weights[0])[None]
 
@@ -74,12 +75,6 @@ def _dense(x: Array, slots: Array, weights: Array, experts: Experts, layer: int 
     gathered = (jax.sharding.reshard(experts.gate_up[...], P()), jax.sharding.reshard(experts.down[...], P()))
     run = jax.shard_map(local, in_specs=(TOKENS, TOKENS, TOKENS, *whole, P()), out_specs=TOKENS, check_vma=False)
     return run(x, slots, weights, *gathered, jnp.asarray(layer))
-
-
-def _swiglu_all(hidden: Float[Array, "N S two F"], activation: str) -> Float[Array, "N S F"]:
-    from jaxmoe.ops.grouped_matmul import swiglu
-
-    return swiglu(hidden.reshape(-1, *hidden.shape[2:]), activation).reshape(*hidden.shape[:2], -1)
 
 
 def _local(x: Array, slots: Array, weights: Array, experts: Experts, layer: int | Array) -> Array:

@@ -118,9 +118,9 @@ def _backward(saved: tuple[Array, ...], grad: Array) -> tuple[Array, Array, None
 _tiled.defvjp(_forward, _backward)
 
 
-def swiglu(gate_up: Float[Array, "M two F"], activation: str) -> Float[Array, "M F"]:
+def swiglu(gate_up: Float[Array, "*rows two F"], activation: str) -> Float[Array, "*rows F"]:
     """activation(gate) * up of the fused projection."""
-    return ACTIVATIONS[activation](gate_up[:, 0]) * gate_up[:, 1]
+    return ACTIVATIONS[activation](gate_up[..., 0, :]) * gate_up[..., 1, :]
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {

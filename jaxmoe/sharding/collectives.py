@@ -13,8 +13,7 @@ KINDS = (
     "collective-broadcast",
     "ragged-all-to-all",
 )
-# `%name = type kind(operands), ...`. An asynchronous pair is read at its end: the type of its start holds operands as
-# well.
+# `%name = type kind(operands), ...`. An asynchronous pair is read at its end: the type of its start has operands too.
 _INSTRUCTION = re.compile(
     rf"^\s*(?:ROOT )?%?[\w.-]+ = (?P<type>.*?) (?P<kind>{'|'.join(KINDS)})(?:-done)?\(", re.MULTILINE
 )

@@ -20,7 +20,7 @@ PROGRAMS = {"forward": BATCH * LENGTH, "decode": DECODE.batch, "prefill": PREFIL
 
 @pytest.fixture(scope="module")
 def compile_on(reference_checkpoint):
-    """`compile_on("dp=2,ep=4", "decode")`: the model, and the collectives of a program of it with all layers written out."""
+    """`compile_on("dp=2,ep=4", "decode")`: the model, and the collectives of that program, its layers written out."""
     models = {}
 
     def compile_on(mesh, program):
@@ -36,8 +36,10 @@ def compile_on(reference_checkpoint):
             return model._forward.lower(model.params, model.placement, *placed).compile()
 
     def step(model, program):
-        cache = make_cache(model.config, model.mesh, 8, 4, model.dtype)
-        return Executables(model, cache).compile({"decode": DECODE, "prefill": PREFILL}[program])
+        executables = Executables(model, make_cache(model.config, model.mesh, 8, 4, model.dtype))
+        if program == "sampling":
+            return executables.compile_sampling(DECODE.batch)
+        return executables.compile({"decode": DECODE, "prefill": PREFILL}[program])
 
     return compile_on
 
@@ -54,6 +56,11 @@ def test_a_layer_has_two_all_to_alls_and_one_scalar_all_reduce_and_nothing_else(
     assert sorted(payloads) == sorted(
         layers * [rows * 4 * width for width in (model.config.width, model.config.width + 1)]
     )
+
+
+def test_sampling_has_no_collectives(compile_on):
+    _, found = compile_on("dp=2,ep=4", "sampling")
+    assert found == []
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

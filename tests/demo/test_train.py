@@ -1,0 +1,73 @@
+import jax
+import numpy as np
+import pytest
+
+from jaxmoe.demo import train
+from jaxmoe.demo.train import Phase, Recipe, Trainer, sample_windows
+from jaxmoe.engine.model import Model
+
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "intermediate_size": 24,
+    "num_local_experts": 4,
+    "max_position_embeddings": 32,
+}
+RECIPE = Recipe(
+    tokens=6 * 64,
+    tokens_per_step=64,
+    warmup_steps=1,
+    phases=(Phase(0.5, 16, {"up": 0.5, "down": 0.5}), Phase(0.5, 32, {"up": 1.0})),
+)
+
+
+@pytest.fixture
+def texts(monkeypatch):
+    """Two domains that a tiny model can learn to tell apart."""
+    monkeypatch.setitem(train.CONFIGS, "mixtral", {**train.CONFIGS["mixtral"], **TINY})
+    up = np.tile(np.arange(3, 33, dtype=np.uint16), 20)
+    return {"up": up, "down": up[::-1].copy()}
+
+
+def test_training_lowers_the_loss(texts):
+    trainer = Trainer("mixtral", Recipe(tokens=60 * 64, tokens_per_step=64, peak_lr=0.02, phases=RECIPE.phases), 0)
+    losses = [float(trainer.train_step(texts)) for _ in range(60)]
+    assert np.mean(losses[-5:]) < 0.5 * losses[0]
+
+
+def test_an_interrupted_run_goes_on_as_if_it_had_never_stopped(texts, tmp_path):
+    whole = Trainer("mixtral", RECIPE, seed=1)
+    for _ in range(6):
+        whole.train_step(texts)
+    first = Trainer("mixtral", RECIPE, seed=1)
+    for _ in range(3):
+        first.train_step(texts)
+    first.save(tmp_path / "state")
+    second = Trainer("mixtral", RECIPE, seed=1)
+    second.restore(tmp_path / "state")
+    assert second.step == 3
+    for _ in range(3):
+        second.train_step(texts)
+    for ours, theirs in zip(jax.tree.leaves(second.params), jax.tree.leaves(whole.params), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_the_exported_checkpoint_loads_and_routes_as_it_was_trained(texts, tmp_path):
+    trainer = Trainer("mixtral", RECIPE, seed=2)
+    trainer.train_step(texts)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text("{}")
+    trainer.export(tmp_path / "out", tmp_path)
+    model = Model(tmp_path / "out")
+    window = sample_windows(texts, RECIPE.phases[0], 1, np.random.default_rng(0))
+    logits = model.logits(window[:, :-1])[0]
+    log_softmax = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    loss = -np.mean(log_softmax[np.arange(16), window[0, 1:]])
+    with jax.set_mesh(trainer.mesh):
+        expected, loads = trainer._evaluate(trainer.params, window, trainer.placement)
+    np.testing.assert_allclose(loss, expected, atol=0.02)  # the file is bfloat16
+    assert np.asarray(loads).sum() == 2 * 16 * 2
