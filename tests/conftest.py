@@ -22,7 +22,12 @@ from jaxtyping import install_import_hook
 jax.config.update("jax_num_cpu_devices", 8)
 # Before the first import of what it checks. The tower lets an int stand where a float is asked for.
 install_import_hook(
-    ["jaxmoe.ops", "jaxmoe.moe", "jaxmoe.models", "jaxmoe.engine.model"],
+    [
+        "jaxmoe.ops",
+        "jaxmoe.moe",
+        "jaxmoe.models",
+        *(f"jaxmoe.engine.{name}" for name in ("model", "batch", "executables")),
+    ],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
 

@@ -1,4 +1,4 @@
-"""The engine on a real (tiny) model: the same tokens whatever the company, the chunking, the cache pressure and the mesh."""
+"""The engine on a real (tiny) model: the same tokens whatever the company, chunking, cache pressure and mesh."""
 
 import numpy as np
 import pytest
@@ -174,7 +174,7 @@ def test_log_probabilities_are_those_of_the_uncached_logits(engine, model, promp
 
 
 def test_a_mesh_that_does_not_fit_says_what_would(checkpoint):
-    with pytest.raises(MeshError, match="needs 16 devices and 8 cpu are here|16 devices are needed"):
+    with pytest.raises(MeshError, match=r"needs 16 devices and 8 cpu are here|16 devices are needed"):
         Model(checkpoint.folder, "ep=16")
     with pytest.raises(MeshError, match=r"tp=4 does not divide kv_heads=2.*use tp in \[1, 2\]"):
         Model(checkpoint.folder, "tp=4")
