@@ -4,8 +4,8 @@ import argparse
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import jaxmoe
 from jaxmoe.cli import StartProgress, add_model_arguments, use_compile_cache
@@ -15,12 +15,18 @@ from jaxmoe.serving.tokenization import AnswerText, Delta, Tokenizer
 
 
 class Source(Protocol):
-    """Where answers come from. max_context: tokens of prompt and answer together."""
+    """Where answers come from.
+
+    max_context: tokens of prompt and answer together.
+    recommended_sampling: what the checkpoint recommends, by the names of SamplingParams' fields; may be empty.
+    """
 
     @property
     def tokenizer(self) -> Tokenizer: ...
     @property
     def max_context(self) -> int: ...
+    @property
+    def recommended_sampling(self) -> Mapping[str, float]: ...
     def generate(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None, stop: Sequence[str] = ()
     ) -> Iterator[Delta]: ...
@@ -34,6 +40,7 @@ class InProcess:
         loaded = jaxmoe.load(model, mesh, dtype, progress=progress)
         self._engine = jaxmoe.Engine(loaded, jaxmoe.EngineConfig(warm_up=False), progress)
         self.max_context = self._engine.max_context
+        self.recommended_sampling: Mapping[str, float] = loaded.recommended_sampling
         self.tokenizer = loaded.tokenizer
 
     def generate(
@@ -54,15 +61,9 @@ class InProcess:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, 2 after an error that the user can mend, 130 if interrupted."""
     options = _parse(arguments)
-    params = SamplingParams(
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-        max_tokens=options.max_tokens,
-    )
     try:
         with _source(options) as source:
+            params = _sampling(options, source)
             if options.chat:
                 _chat(source, params, options.stop, first=options.text)
             else:
@@ -88,9 +89,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_model_arguments(parser)
     how = parser.add_argument_group("how tokens are chosen")
     how.add_argument("--max-tokens", type=int, default=256, metavar="N", help="length of an answer (default: 256)")
-    how.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
-    how.add_argument("--top-k", type=int, default=0, metavar="K", help="among the K most likely; 0, the default: all")
-    how.add_argument("--top-p", type=float, default=1.0, metavar="P", help="among the likeliest that make up P")
+    how.add_argument(
+        "--temperature", type=float, metavar="T", help="0 is greedy; default: as the checkpoint recommends"
+    )
+    how.add_argument("--top-k", type=int, metavar="K", help="among the K most likely; 0: all")
+    how.add_argument("--top-p", type=float, metavar="P", help="among the likeliest that make up P; 1: all")
     how.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same tokens")
     how.add_argument("--stop", action="append", default=[], metavar="S", help="end before this string; may be repeated")
     options = parser.parse_args(arguments)
@@ -100,6 +103,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.server and chosen_there:
         parser.error("--model, --mesh and --dtype are the server's to choose; leave them out with --server")
     return options
+
+
+def _sampling(options: argparse.Namespace, source: Source) -> SamplingParams:
+    """What the options say, for the rest what the checkpoint recommends; greedy where neither says a temperature."""
+    given = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    recommended = {} if "temperature" in chosen else source.recommended_sampling
+    params: dict[str, Any] = {"temperature": 0.0, **recommended, **chosen}
+    return SamplingParams(**params, seed=options.seed, max_tokens=options.max_tokens)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 from collections.abc import Iterator, Sequence
 
 import grpc
@@ -46,6 +47,11 @@ class Client:
     def max_context(self) -> int:
         """Tokens of prompt and generation together."""
         return self.model_info.max_context_length
+
+    @property
+    def recommended_sampling(self) -> dict[str, float]:
+        """What the checkpoint recommends, by the names of SamplingParams' fields."""
+        return json.loads(self.model_info.default_sampling_params_json or "{}")
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

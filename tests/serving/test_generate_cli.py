@@ -44,6 +44,7 @@ class Model:
         self.engine = FakeEngine(model_info(checkpoint))
         self.max_context = self.engine.info.max_context
         self.tokenizer = tokenizer
+        self.recommended_sampling = {"temperature": 0.7, "top_p": 0.9}
         self.asked_for = None
 
     def load(self, path, mesh, dtype, progress):
@@ -88,6 +89,22 @@ def test_what_is_asked_for_reaches_the_engine(server, capsys):
     assert main(["one", "--server", server.address, *options]) == 0
     params = server.engine.submitted[-1].params
     assert (params.temperature, params.top_k, params.top_p, params.seed, params.max_tokens) == (0.5, 3, 0.25, 7, 2)
+
+
+def test_what_is_not_asked_for_is_as_the_checkpoint_recommends(model, capsys):
+    for options, expected in (
+        ([], (0.7, 0.9)),
+        (["--top-p", "0.5"], (0.7, 0.5)),
+        (["--temperature", "0"], (0.0, 1.0)),
+    ):
+        assert main(["one", "--max-tokens", "1", *options]) == 0
+        params = model.engine.submitted[-1].params
+        assert (params.temperature, params.top_p) == expected
+
+
+def test_without_a_recommendation_the_answer_is_greedy(server, capsys):
+    assert main(["one", "--server", server.address, "--max-tokens", "1"]) == 0
+    assert server.engine.submitted[-1].params.temperature == 0
 
 
 @pytest.mark.parametrize("where", ["server", "in process"])
