@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
@@ -60,8 +61,13 @@ class Executables:
                 progress("compiling", done, len(forward) + len(sampling))
         self._warm = True
 
-    def __call__(self, shape: StepShape, cache: KVCache, packed: Array) -> tuple[KVCache, Int[Array, "R B two"]]:
-        """Runs a step: the cache, updated in place, and each sequence's token with the bits of its log-probability."""
+    def __call__(
+        self, shape: StepShape, cache: KVCache, packed: Int[np.ndarray, "R words"]
+    ) -> tuple[KVCache, Int[Array, "R B two"]]:
+        """Runs a step: the cache, updated in place, and each sequence's token with the bits of its log-probability.
+
+        The host array goes in as it is: the call's own transfer takes a tenth of the time of `jax.device_put`.
+        """
         if shape not in self._forward:
             self._count_late(str(shape))
             self._forward[shape] = self.compile(shape)

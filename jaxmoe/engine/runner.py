@@ -4,11 +4,10 @@ import os
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
 from jaxmoe.engine.batch import Buckets, Ranks, pack
 from jaxmoe.engine.config import EngineConfig
-from jaxmoe.engine.executables import PACKED, Executables
+from jaxmoe.engine.executables import Executables
 from jaxmoe.engine.model import Model, Progress, no_progress
 from jaxmoe.engine.scheduler import StepPlan
 from jaxmoe.errors import ConfigError
@@ -28,7 +27,6 @@ class Runner:
         self.pages_per_rank = config.pages_per_rank or default_pages(model, config, self.max_context)
         self._cache = make_cache(model.config, model.mesh, self.pages_per_rank, config.page_size, model.dtype)
         self._buckets = Buckets(config, self.max_context)
-        self._packed_sharding = NamedSharding(model.mesh, PACKED)
         self.executables = Executables(model, self._cache)
         if config.warm_up:
             self.executables.warm_up(self._buckets, progress)
@@ -45,8 +43,7 @@ class Runner:
             calls.append((self._buckets.decode_shape(plan.decodes), plan.decodes))
         launched: list[tuple[Ranks, jax.Array]] = []
         for shape, ranks in calls:
-            packed = jax.device_put(pack(shape, ranks), self._packed_sharding)
-            self._cache, out = self.executables(shape, self._cache, packed)
+            self._cache, out = self.executables(shape, self._cache, pack(shape, ranks))
             launched.append((ranks, out))
         sampled: dict[str, tuple[int, float]] = {}
         for ranks, out in launched:
