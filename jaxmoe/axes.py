@@ -8,12 +8,12 @@ Kv key-value heads                  K  experts per token                V  vocab
 d  head width                       F  expert width                     M  rows of a grouped matmul
 """
 
-from jaxtyping import Array, Bool, Float, Int
+from typing import TypeAlias
 
-Tokens = Int[Array, "R B T"]
-Positions = Int[Array, "R B T"]
-Hidden = Float[Array, "R N D"]
-Logits = Float[Array, "R N V"]
-RoutedExperts = Int[Array, "*rows K"]
-RoutedWeights = Float[Array, "*rows K"]
-Mask = Bool[Array, "..."]
+from jaxtyping import Array, Float, Int
+
+Tokens: TypeAlias = Int[Array, "R B T"]
+Positions: TypeAlias = Int[Array, "R B T"]
+Hidden: TypeAlias = Float[Array, "R N D"]
+Logits: TypeAlias = Float[Array, "R N V"]
+Layer: TypeAlias = int | Int[Array, ""]

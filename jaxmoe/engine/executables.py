@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from jaxmoe.axes import Hidden
 from jaxmoe.engine.batch import Batch, Sampling, StepShape, unpack
 from jaxmoe.engine.model import Model, Progress, no_progress
 from jaxmoe.models.decoder import RANK_ROWS, merge
@@ -129,7 +130,7 @@ def unpack_ranks(packed: Int[Array, "R words"], shape: StepShape) -> Batch:
     return jax.shard_map(local, in_specs=PACKED, out_specs=P(RANKS), check_vma=False)(packed)
 
 
-def last_rows(hidden: Float[Array, "R N D"], length: Int[Array, "R B"], shape: StepShape) -> Float[Array, "R B D"]:
+def last_rows(hidden: Hidden, length: Int[Array, "R B"], shape: StepShape) -> Float[Array, "R B D"]:
     """The hidden state after each sequence's last token; that of row 0 for padding."""
 
     def local(hidden: Array, length: Array) -> Array:

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from jaxmoe.axes import Logits
 from jaxmoe.checkpoints.loader import load_params, read_config, read_generation_config
 from jaxmoe.errors import ConfigError, InvalidRequestError
 from jaxmoe.models.config import token_ids
@@ -131,7 +132,7 @@ class Model:
 
     @functools.cached_property
     def _forward(self) -> Any:
-        def forward(params: Any, placement: Any, tokens: Array, positions: Array) -> Float[Array, "R N V"]:
+        def forward(params: Any, placement: Any, tokens: Array, positions: Array) -> Logits:
             model = merge(self.abstract, params)
             hidden, _, _ = model(tokens, positions, placement, None, self.execution)
             return model.logits(hidden).astype(jnp.float32)

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
+from jaxmoe.axes import Hidden, Layer, Positions
 from jaxmoe.models import kv_cache
 from jaxmoe.models.config import ModelConfig
 from jaxmoe.models.kv_cache import CACHE_PARTITION, KVCache, PagedContext
@@ -37,11 +38,11 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "R N D"],
-        positions: Int[Array, "R B T"],
-        layer: int | Int[Array, ""],
+        x: Hidden,
+        positions: Positions,
+        layer: Layer,
         context: PagedContext | None,
-    ) -> tuple[Float[Array, "R N D"], PagedContext | None]:
+    ) -> tuple[Hidden, PagedContext | None]:
         """Attends within the batch's own rows (no context), or writes them to the cache and attends over the pages."""
         config, paged = self.config, context is not None
         tp = jax.sharding.get_abstract_mesh().shape["tp"]

@@ -9,6 +9,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from jaxmoe.axes import Hidden, Layer, Logits, Positions, Tokens
 from jaxmoe.models.attention import Attention
 from jaxmoe.models.config import ModelConfig
 from jaxmoe.models.kv_cache import PagedContext
@@ -72,12 +73,12 @@ class Decoder(nnx.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "R B T"],
-        positions: Int[Array, "R B T"],
+        tokens: Tokens,
+        positions: Positions,
         placement: Placement,
         context: PagedContext | None = None,
         execution: Execution = Execution(),
-    ) -> tuple[Float[Array, "R N D"], PagedContext | None, Routed]:
+    ) -> tuple[Hidden, PagedContext | None, Routed]:
         """Hidden states after the final norm, N = B * T rows a rank. Padding has position -1 and is routed nowhere.
 
         Without a context, row t attends to rows of its own sequence at positions up to its own; with one, keys and
@@ -87,7 +88,7 @@ class Decoder(nnx.Module):
         x = self._embed(tokens)
 
         def one_layer(
-            carry: tuple[Array, PagedContext | None], layer: int | Array
+            carry: tuple[Array, PagedContext | None], layer: Layer
         ) -> tuple[tuple[Array, PagedContext | None], Routed]:
             x, context = carry
             with jax.named_scope("layer"):
@@ -113,7 +114,7 @@ class Decoder(nnx.Module):
         x, context = carry
         return self._norm(x, self.norm[...]), context, stacked
 
-    def logits(self, hidden: Float[Array, "R N D"]) -> Float[Array, "R N V"]:
+    def logits(self, hidden: Hidden) -> Logits:
         """Next-token logits in the dtype of `hidden`, the whole vocabulary on every device of a rank."""
         table = self.embed if self.config.tie_embeddings else self.lm_head
 
@@ -129,7 +130,7 @@ class Decoder(nnx.Module):
     def _vocab_is_split(self) -> bool:
         return self.vocab_partition[0] == RULES["vocab"] and jax.sharding.get_abstract_mesh().shape["tp"] > 1
 
-    def _embed(self, tokens: Int[Array, "R B T"]) -> Float[Array, "R N D"]:
+    def _embed(self, tokens: Tokens) -> Hidden:
         def local(tokens: Array, table: Array) -> Array:
             flat = tokens.reshape(tokens.shape[0], -1)
             if not self._vocab_is_split:
@@ -143,12 +144,10 @@ class Decoder(nnx.Module):
             run = jax.shard_map(local, in_specs=(RANK_ROWS, self.vocab_partition), out_specs=RANK_ROWS, check_vma=False)
             return run(tokens, self.embed[...])
 
-    def _norm(self, x: Float[Array, "R N D"], weight: Float[Array, "D"]) -> Float[Array, "R N D"]:
+    def _norm(self, x: Hidden, weight: Float[Array, "D"]) -> Hidden:
         return rms_norm(x, weight, self.config.norm_eps)
 
-    def _route(
-        self, x: Float[Array, "R N D"], positions: Int[Array, "R B T"], layer: int | Array, placement: Placement
-    ) -> tuple[Array, ...]:
+    def _route(self, x: Hidden, positions: Positions, layer: Layer, placement: Placement) -> tuple[Array, ...]:
         def local(x: Array, positions: Array, layer: Array, router: Array, placement: Placement) -> tuple[Array, ...]:
             logits = x[0] @ router[layer]
             experts, weights = softmax_top_k(logits, self.config.experts_per_token, positions.reshape(-1) >= 0)

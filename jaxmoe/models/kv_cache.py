@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
+from jaxmoe.axes import Layer
 from jaxmoe.models.config import ModelConfig
 from jaxmoe.sharding.mesh import spec_of
 from jaxmoe.sharding.rules import partition
@@ -51,7 +52,7 @@ def bytes_per_page(config: ModelConfig, page_size: int, dtype: jnp.dtype) -> int
 
 def write(
     pages: Float[Array, "L P page Kv d"],
-    layer: int | Int[Array, ""],
+    layer: Layer,
     new: Float[Array, "B T Kv d"],
     positions: Int[Array, "B T"],
     block_table: Int[Array, "B pages"],
@@ -64,7 +65,7 @@ def write(
 
 
 def read(
-    pages: Float[Array, "L P page Kv d"], layer: int | Int[Array, ""], block_table: Int[Array, "B pages"]
+    pages: Float[Array, "L P page Kv d"], layer: Layer, block_table: Int[Array, "B pages"]
 ) -> Float[Array, "B Tk Kv d"]:
     """The whole context that the table names, in order of position."""
     gathered = pages[layer, block_table]

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from jaxmoe.axes import Hidden, Layer
 from jaxmoe.moe.experts import Experts, apply_experts
 from jaxmoe.ops.grouped_matmul import swiglu
 from jaxmoe.sharding.mesh import AXES, RANKS
@@ -32,14 +33,14 @@ WEIGHTS = (partition(*Experts.GATE_UP), partition(*Experts.DOWN))
 
 
 def mixture(
-    x: Float[Array, "R N D"],
+    x: Hidden,
     slots: Int[Array, "R N K"],
     weights: Float[Array, "R N K"],
     experts: Experts,
-    layer: int | Int[Array, ""],
+    layer: Layer,
     strategy: Strategy = "all_to_all",
     capacity_factor: float = 2.0,
-) -> Float[Array, "R N D"]:
+) -> Hidden:
     """sum_k weights[k] * expert[slots[k]](x), summed in order of k in float32 and cast to x's dtype.
 
     Slot -1 adds nothing.
@@ -63,7 +64,7 @@ def _sum_over_tp(partial: Array) -> Array:
     return jax.lax.psum(partial, "tp") if jax.sharding.get_abstract_mesh().shape["tp"] > 1 else partial
 
 
-def _dense(x: Array, slots: Array, weights: Array, experts: Experts, layer: int | Array) -> Array:
+def _dense(x: Array, slots: Array, weights: Array, experts: Experts, layer: Layer) -> Array:
     def local(x: Array, slots: Array, weights: Array, gate_up: Array, down: Array, layer: Array) -> Array:
         act = functools.partial(jnp.einsum, preferred_element_type=x.dtype)
         hidden = act("nd,sdtf->nstf", x[0], gate_up[layer])
@@ -77,7 +78,7 @@ def _dense(x: Array, slots: Array, weights: Array, experts: Experts, layer: int 
     return run(x, slots, weights, *gathered, jnp.asarray(layer))
 
 
-def _local(x: Array, slots: Array, weights: Array, experts: Experts, layer: int | Array) -> Array:
+def _local(x: Array, slots: Array, weights: Array, experts: Experts, layer: Layer) -> Array:
     def local(x: Array, slots: Array, weights: Array, gate_up: Array, down: Array, layer: Array) -> Array:
         choices = slots.shape[-1]
         rows = jnp.repeat(x[0], choices, axis=0)
@@ -95,7 +96,7 @@ def capacity_for(num_assignments: int, num_devices: int, factor: float) -> int:
 
 
 def _all_to_all(
-    x: Array, slots: Array, weights: Array, experts: Experts, layer: int | Array, ep: int, factor: float
+    x: Array, slots: Array, weights: Array, experts: Experts, layer: Layer, ep: int, factor: float
 ) -> Array:
     ranks, tokens, width = x.shape
     choices = slots.shape[-1]

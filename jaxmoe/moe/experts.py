@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxmoe.axes import Layer
 from jaxmoe.ops.grouped_matmul import Implementation, grouped_matmul, swiglu
 from jaxmoe.sharding.rules import partition
 
@@ -35,7 +36,7 @@ def apply_experts(
     slots: Int[Array, "M"],
     gate_up: Float[Array, "L S D two F"],
     down: Float[Array, "L S F D"],
-    layer: int | Int[Array, ""],
+    layer: Layer,
     activation: str,
     implementation: Implementation = "tiles",
 ) -> Float[Array, "M D"]:

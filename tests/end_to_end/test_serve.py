@@ -26,8 +26,9 @@ GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
 
 def environment(pytestconfig) -> dict[str, str]:
-    """Compiled programs are kept between runs, as for the tests in this process."""
-    return {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(pytestconfig.cache.mkdir("served"))}
+    """A user's, without what the tests set for JAX in this process; but compiled programs are kept between runs."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("NPROC", "XLA_FLAGS")}
+    return {**inherited, "JAX_COMPILATION_CACHE_DIR": str(pytestconfig.cache.mkdir("served"))}
 
 
 def serve(*arguments: str, env: dict[str, str]) -> subprocess.Popen[str]:
