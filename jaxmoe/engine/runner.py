@@ -23,7 +23,12 @@ class Runner:
 
     def __init__(self, model: Model, config: EngineConfig, progress: Progress = no_progress) -> None:
         self.model = model
-        self.max_context = min(config.max_context or model.config.max_position, model.config.max_position)
+        limit = model.config.max_position
+        self.max_context = config.max_context or limit
+        if self.max_context > limit:
+            raise ConfigError(
+                f"max_context={self.max_context} is beyond the model's {limit} positions; use at most {limit}"
+            )
         self.pages_per_rank = config.pages_per_rank or default_pages(model, config, self.max_context)
         self._cache = make_cache(model.config, model.mesh, self.pages_per_rank, config.page_size, model.dtype)
         self._buckets = Buckets(config, self.max_context)

@@ -62,6 +62,8 @@ def run(
     Raises ConfigError if it cannot listen there, and whatever `build_engine` raises.
     """
     _check_host(host, insecure_bind=insecure_bind)
+    if not 0 <= port < 1 << 16:
+        raise ConfigError(f"--port {port} is not in 0..65535 (0 takes a free one)")
     config = FrontendConfig(
         host=host,
         port=port,

@@ -1,3 +1,4 @@
+import chex
 import jax
 import numpy as np
 import pytest
@@ -52,8 +53,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_never_stopped(texts, tmp_path):
     assert second.step == 3
     for _ in range(3):
         second.train_step(texts)
-    for ours, theirs in zip(jax.tree.leaves(second.params), jax.tree.leaves(whole.params), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    chex.assert_trees_all_equal(second.params, whole.params)
 
 
 def test_the_exported_checkpoint_loads_and_routes_as_it_was_trained(texts, tmp_path):

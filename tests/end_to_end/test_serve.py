@@ -125,6 +125,8 @@ def test_a_bad_request_is_explained_and_the_others_go_on_unchanged(server, promp
         (["--mesh", "tp=3"], "tp=3 does not divide heads=4, kv_heads=2; use tp in [1, 2]"),
         (["--max-batch", "0"], "max_batch=0 must be a whole number of at least 1"),
         (["--host", "0.0.0.0"], "--insecure-bind"),
+        (["--port", "99999"], "--port 99999 is not in 0..65535"),
+        (["--max-context", "5000"], "max_context=5000 is beyond the model's 1024 positions; use at most 1024"),
     ],
 )
 def test_a_server_that_cannot_start_says_why_and_what_to_do(pytestconfig, arguments, said):

@@ -197,5 +197,7 @@ def test_a_mesh_that_does_not_fit_says_what_would(checkpoint):
 def test_a_dtype_or_memory_that_cannot_work_is_explained(checkpoint, model):
     with pytest.raises(ConfigError, match="dtype='int8' is not one of"):
         Model(checkpoint.folder, dtype="int8")
+    with pytest.raises(ConfigError, match="max_context=65 is beyond the model's 64 positions"):
+        Engine(model, EngineConfig(max_context=65))
     with pytest.raises(ConfigError, match="max_batch=0"):
         EngineConfig(max_batch=0)
