@@ -71,10 +71,6 @@ class SafetensorsCheckpoint:
         else:
             raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}; download the whole checkpoint")
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(math.prod(t.shape) * DTYPES[t.dtype].itemsize for t in self.tensors.values() if t.dtype in DTYPES)
-
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one file. Raises CheckpointError when the file is absent, cut short or not safetensors."""

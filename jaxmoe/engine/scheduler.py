@@ -36,10 +36,6 @@ class Sequence:
     pages: list[int] = dataclasses.field(default_factory=list)
 
     @property
-    def num_prompt(self) -> int:
-        return len(self.request.prompt)
-
-    @property
     def num_uncomputed(self) -> int:
         return len(self.tokens) - self.num_computed
 
