@@ -1,12 +1,14 @@
 """What a checkpoint is: one frozen ModelConfig, read from Hugging Face's `config.json` in either of its dialects."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 from jaxmoe.errors import CheckpointError
 from jaxmoe.ops.grouped_matmul import ACTIVATIONS
 from jaxmoe.ops.rope import RopeConfig
+from jaxmoe.spans import Span
 
 # Present in many configs and without effect on what the model computes at inference.
 HARMLESS_KEYS = frozenset(
@@ -22,14 +24,61 @@ ROPE_KEYS = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
 
 
 @dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """What one layer is: its feed-forward part a mixture or dense, its positions rotated or not, how far it looks."""
+
+    moe: bool = True
+    rope: bool = True
+    span: Span = Span()
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentAttention:
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, sec. 2.1): keys and values from one latent vector.
+
+    q_lora_rank None: queries come straight from the hidden state.
+    nope_dim, rope_dim: the parts of a head's query and key without and with rotation. value_dim: a head's value.
+    """
+
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupRouting:
+    """DeepSeek-V3's choice of experts (arXiv:2412.19437, sec. 2.1.2): the best of the best groups."""
+
+    groups: int
+    groups_kept: int
+    normalise: bool
+    scale: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TemperatureTuning:
+    """Llama 4's scaling of queries by log(position) on layers without rotation (arXiv:2501.19399)."""
+
+    floor_scale: int
+    scale: float
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shapes and constants of a decoder. `model_type`, `architectures` and token ids are as in the checkpoint."""
+    """Shapes and constants of a decoder. `model_type`, `architectures` and token ids are as in the checkpoint.
+
+    kinds: one for each of the `layers`. mtp_layers: further layers that predict a token more, after these.
+    score_scale: what attention scores are multiplied by.
+    latent: None where keys and values are cached as they are. groups: None where experts are chosen from all.
+    """
 
     model_type: str
     architectures: tuple[str, ...]
     vocab_size: int
     width: int
-    layers: int
+    kinds: tuple[LayerKind, ...]
     heads: int
     kv_heads: int
     head_dim: int
@@ -39,9 +88,18 @@ class ModelConfig:
     norm_eps: float
     rope: RopeConfig
     activation: str
-    sliding_window: int | None
     tie_embeddings: bool
     max_position: int
+    score_scale: float
+    shared_width: int = 0
+    dense_width: int = 0
+    rope_interleaved: bool = False
+    attention_bias: bool = False
+    qk_norm: bool = False
+    temperature: TemperatureTuning | None = None
+    latent: LatentAttention | None = None
+    groups: GroupRouting | None = None
+    mtp_layers: int = 0
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
@@ -62,10 +120,38 @@ class ModelConfig:
         require(
             self.activation in ACTIVATIONS, f"hidden_act={self.activation!r} is not one of {', '.join(ACTIVATIONS)}"
         )
-        require(
-            self.sliding_window is None or self.sliding_window >= 1,
-            f"sliding_window={self.sliding_window} must be at least 1 or null",
-        )
+        for span in self.spans:
+            require(span.kind == "full" or span.size >= 1, f"attention over a {span} must be at least 1, or null")
+
+    @property
+    def layers(self) -> int:
+        """Layers of the main model."""
+        return len(self.kinds)
+
+    @functools.cached_property
+    def all_kinds(self) -> tuple[LayerKind, ...]:
+        """Of the main model's layers and of those that predict a token more."""
+        return (*self.kinds, *(LayerKind(),) * self.mtp_layers)
+
+    @functools.cached_property
+    def stacks(self) -> dict[str, tuple[int, ...]]:
+        """Layer numbers by the name of the stack of parameters that they share."""
+        numbered = list(enumerate(self.all_kinds))
+        return {
+            "all": tuple(layer for layer, _ in numbered),
+            "moe": tuple(layer for layer, kind in numbered if kind.moe),
+            "dense": tuple(layer for layer, kind in numbered if not kind.moe),
+            "mtp": tuple(range(self.layers, len(numbered))),
+        }
+
+    @functools.cached_property
+    def spans(self) -> tuple[Span, ...]:
+        """The distinct spans of attention. Layers of one span share a group of KV pages."""
+        return tuple(dict.fromkeys(kind.span for kind in self.all_kinds))
+
+    def layers_of(self, span: Span) -> tuple[int, ...]:
+        """Layer numbers whose attention has this span."""
+        return tuple(layer for layer, kind in enumerate(self.all_kinds) if kind.span == span)
 
 
 class Fields:

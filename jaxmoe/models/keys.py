@@ -2,8 +2,12 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
+
+EXPERT, PART = "expert", "part"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,15 +17,29 @@ class Key:
     names: the tensor's name, with `{layer}` and `{expert}` where one parameter stacks many tensors; two names when two
         tensors lie side by side along the axis called `part`.
     axes: "stored -> memory" or one side when both are the same. Parentheses merge axes on disk: "(H d) D -> D H d".
-        The stacked layer and expert axes lead in memory and are not spelled.
+        The stacked layer and expert axes lead in memory and are not spelled there. Two axes have meanings of their own:
+        `part` (of two: gate and up), and on disk `expert`, where one tensor holds all experts of a layer:
+        "expert D (part F) -> D part F".
+    stack: which layers `{layer}` runs over, a name in `ModelConfig.stacks`.
+    other: how some checkpoints have the same parameter instead.
     """
 
     names: str | tuple[str, ...]
     axes: str
+    stack: str = "all"
+    other: "Key | None" = None
 
     @property
     def tensors(self) -> tuple[str, ...]:
         return (self.names,) if isinstance(self.names, str) else self.names
+
+    @property
+    def alternatives(self) -> Iterator["Key"]:
+        """This key, which is the one that is written, and its others."""
+        key: Key | None = self
+        while key is not None:
+            yield key
+            key = key.other
 
     @property
     def per_layer(self) -> bool:
@@ -29,53 +47,71 @@ class Key:
 
     @property
     def per_expert(self) -> bool:
-        return "{expert}" in self.tensors[0]
+        """Memory has a slot axis after the layer axis, whether experts are tensors of their own on disk or not."""
+        return "{expert}" in self.tensors[0] or self.experts_together
 
     @property
-    def _stored(self) -> list[str]:
-        return self.axes.split("->")[0].replace("(", " ( ").replace(")", " ) ").split()
+    def experts_together(self) -> bool:
+        return EXPERT in self.stored_axes
 
     @property
-    def _memory(self) -> list[str]:
-        return self.axes.split("->")[-1].split()
+    def stacked(self) -> int:
+        """Leading axes in memory that `axes` does not spell."""
+        return int(self.per_layer) + int(self.per_expert)
+
+    @property
+    def stored_axes(self) -> list[str]:
+        """Axes on disk, unmerged."""
+        return self.axes.split("->")[0].replace("(", " ").replace(")", " ").split()
+
+    @property
+    def memory_axes(self) -> list[str]:
+        """Axes in memory after the stacked ones."""
+        return self.axes.split("->")[-1].replace("(", " ").replace(")", " ").split()
 
     @property
     def part_axis(self) -> int | None:
         """Index of the `part` axis among the axes after the stacked ones."""
-        return self._memory.index("part") if "part" in self._memory else None
+        return self.memory_axes.index(PART) if PART in self.memory_axes else None
 
-    def _split_axes(self) -> list[str]:
-        return [axis for axis in self._stored if axis not in "()"]
+    def sizes(self, memory: Sequence[int], experts: int) -> dict[str, int]:
+        """Sizes of all axes by name. memory: the shape in memory after the stacked axes."""
+        return {**dict(zip(self.memory_axes, memory, strict=True)), EXPERT: experts}
 
-    def stored_shape(self, memory: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape on disk of one tensor whose memory axes (without `part`) have these sizes."""
-        sizes = dict(zip((axis for axis in self._memory if axis != "part"), memory, strict=True))
-        shape, merged = [], None
-        for axis in self._stored:
+    def stored_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Shape on disk of one tensor."""
+        shape: list[int] = []
+        merged: list[int] | None = None
+        for axis in self.axes.split("->")[0].replace("(", " ( ").replace(")", " ) ").split():
             if axis == "(":
-                merged = 1
+                merged = []
             elif axis == ")":
-                shape.append(merged)
+                shape.append(math.prod(merged or ()))
                 merged = None
-            elif merged is None:
-                shape.append(sizes[axis])
             else:
-                merged *= sizes[axis]
-        return tuple(size for size in shape if size is not None)
+                (shape if merged is None else merged).append(sizes[axis])
+        return tuple(shape)
 
-    def to_memory(self, stored: np.ndarray, memory: tuple[int, ...]) -> np.ndarray:
-        """A view of one stored tensor with memory's axes (without `part`); nothing is read from disk yet."""
-        names = [axis for axis in self._memory if axis != "part"]
-        sizes = dict(zip(names, memory, strict=True))
-        split = self._split_axes()
-        unmerged = stored.reshape([sizes[axis] for axis in split])
-        return unmerged.transpose([split.index(axis) for axis in names])
+    def tensor_names(self, stacks: Mapping[str, Sequence[int]], experts: int) -> Iterator[str]:
+        """Every tensor of this parameter by its name on disk."""
+        for name in self.tensors:
+            for layer in stacks[self.stack] if self.per_layer else (0,):
+                for expert in range(experts) if "{expert}" in name else (0,):
+                    yield name.format(layer=layer, expert=expert)
 
     def to_stored(self, memory: np.ndarray) -> np.ndarray:
-        """The inverse of `to_memory`, contiguous."""
-        names = [axis for axis in self._memory if axis != "part"]
-        split = self._split_axes()
-        unmerged = memory.transpose([names.index(axis) for axis in split])
-        shape = self.stored_shape(memory.shape)
-        assert math.prod(shape) == memory.size
-        return np.ascontiguousarray(unmerged).reshape(shape)
+        """One tensor as it lies on disk, contiguous.
+
+        memory: its axes in memory; led by all experts where they lie together on disk, without `part` where its two
+        halves are tensors of their own.
+        """
+        stored = self.stored_axes
+        names = [axis for axis in self.memory_axes if axis in stored]
+        if self.experts_together:
+            names.insert(0, EXPERT)
+        sizes = dict(zip(names, memory.shape, strict=True))
+        unmerged = memory.transpose([names.index(axis) for axis in stored])
+        return np.ascontiguousarray(unmerged).reshape(self.stored_shape(sizes))
+
+
+Keys: TypeAlias = Mapping[str, Key]

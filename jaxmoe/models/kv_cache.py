@@ -1,15 +1,19 @@
-"""The paged key-value cache on the device, and how a batch addresses it.
+"""The paged cache of attention on the device, and how a batch addresses it.
 
-Every attention rank owns its run of the pages' axis, which is split over ranks; a block table names, for each sequence
-of the batch, the pages that hold its context in order, numbered from 0 on each rank. Token p of a sequence lies in page
-table[p // page_size], place p % page_size.
+Layers whose attention looks equally far back form a *group* with pages of its own, in the order of `ModelConfig.spans`,
+so that layers that see only a window or a chunk keep no more than that. Every attention rank owns its run of a group's
+pages, which are split over ranks and numbered from 0 on each. A block table names, for each sequence of the batch,
+the pages that hold its context in order, beginning at position `first`, a multiple of the page size: token p of a
+sequence lies in page table[(p - first) // page_size], place p % page_size.
 """
 
-from typing import NamedTuple
+import math
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.axes import Layer
@@ -17,57 +21,88 @@ from jaxmoe.models.config import ModelConfig
 from jaxmoe.sharding.mesh import spec_of
 from jaxmoe.sharding.rules import partition
 
-CACHE_PARTITION = partition(None, "ranks", None, "kv_heads", None)
-
-
-class KVCache(NamedTuple):
-    """Keys (already rotated) and values of all layers."""
-
-    keys: Float[Array, "L pages_of_all_ranks page Kv d"]
-    values: Float[Array, "L pages_of_all_ranks page Kv d"]
+# Arrays of one group: keys (already rotated) and values [L, pages of all ranks, page, Kv, d], or where attention is
+# latent a single one, of the normed latent and the rotated key that all heads share [L, pages of all ranks, page, r+dr].
+Pages: TypeAlias = tuple[Float[Array, "L pages_of_all_ranks page *vector"], ...]
+KVCache: TypeAlias = tuple[Pages, ...]
 
 
 class PagedContext(NamedTuple):
-    """The cache and where the batch's sequences live in it. A table row's unused tail may hold any page."""
+    """The cache and where the batch's sequences live in it, by group.
+
+    A table row's unused tail may hold any page: what lies there is at positions that no query has reached.
+    """
 
     cache: KVCache
-    block_table: Int[Array, "R B pages"]
+    tables: tuple[Int[Array, "R B pages"], ...]
+    firsts: tuple[Int[Array, "R B"], ...]
+
+
+def cache_vectors(config: ModelConfig) -> tuple[tuple[int, ...], ...]:
+    """Shape of what each array keeps for a token and layer."""
+    if config.latent is not None:
+        return ((config.latent.kv_lora_rank + config.latent.rope_dim,),)
+    return ((config.kv_heads, config.head_dim),) * 2
+
+
+def cache_partitions(config: ModelConfig) -> tuple[P, ...]:
+    """How each array of a group is split: pages over ranks, key-value heads over `tp`, a latent not at all."""
+    if config.latent is not None:
+        return (partition(None, "ranks", None, None),)
+    return (partition(None, "ranks", None, "kv_heads", None),) * 2
 
 
 def make_cache(
-    config: ModelConfig, mesh: jax.sharding.Mesh, pages_per_rank: int, page_size: int, dtype: jnp.dtype
+    config: ModelConfig, mesh: jax.sharding.Mesh, pages_per_rank: tuple[int, ...], page_size: int, dtype: jnp.dtype
 ) -> KVCache:
-    """An empty cache, allocated on its devices."""
-    shape = (config.layers, spec_of(mesh).num_ranks * pages_per_rank, page_size, config.kv_heads, config.head_dim)
-    sharding = NamedSharding(mesh, CACHE_PARTITION)
-    zeros = jax.jit(lambda: jnp.zeros(shape, dtype, out_sharding=CACHE_PARTITION), out_shardings=sharding)
+    """An empty cache, allocated on its devices. pages_per_rank: of each group."""
+
+    def zeros(shape: tuple[int, ...], spec: P) -> Array:
+        make = jax.jit(lambda: jnp.zeros(shape, dtype, out_sharding=spec), out_shardings=NamedSharding(mesh, spec))
+        return make()
+
+    ranks = spec_of(mesh).num_ranks
+    arrays = list(zip(cache_vectors(config), cache_partitions(config), strict=True))
     with jax.set_mesh(mesh):
-        return KVCache(zeros(), zeros())
+        return tuple(
+            tuple(zeros((len(config.layers_of(span)), ranks * pages, page_size, *vector), spec) for vector, spec in arrays)
+            for span, pages in zip(config.spans, pages_per_rank, strict=True)
+        )
 
 
-def bytes_per_page(config: ModelConfig, page_size: int, dtype: jnp.dtype) -> int:
-    """Keys and values of one page over all layers, before `tp` splits it."""
-    return 2 * config.layers * page_size * config.kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
+def bytes_per_page(config: ModelConfig, group: int, page_size: int, dtype: jnp.dtype, tp: int = 1) -> int:
+    """Bytes on one device of one page of a group, over all the group's layers."""
+    numbers = sum(math.prod(vector) for vector in cache_vectors(config))
+    split = 1 if config.latent is not None else tp
+    return len(config.layers_of(config.spans[group])) * page_size * numbers // split * jnp.dtype(dtype).itemsize
 
 
 def write(
-    pages: Float[Array, "L P page Kv d"],
+    pages: Float[Array, "L P page *vector"],
     layer: Layer,
-    new: Float[Array, "B T Kv d"],
+    new: Float[Array, "B T *vector"],
     positions: Int[Array, "B T"],
-    block_table: Int[Array, "B pages"],
-) -> Float[Array, "L P page Kv d"]:
+    table: Int[Array, "B pages"],
+    first: Int[Array, "B"],
+) -> Float[Array, "L P page *vector"]:
     """Puts every token's vector in its place on one rank. Padding (position -1) is written nowhere."""
     page_size = pages.shape[2]
-    page = jnp.take_along_axis(block_table, jnp.maximum(positions, 0) // page_size, axis=1)
+    page = jnp.take_along_axis(table, jnp.maximum(positions - first[:, None], 0) // page_size, axis=1)
     page = jnp.where(positions < 0, pages.shape[1], page)
     return pages.at[layer, page, positions % page_size].set(new.astype(pages.dtype), mode="drop")
 
 
 def read(
-    pages: Float[Array, "L P page Kv d"], layer: Layer, block_table: Int[Array, "B pages"]
-) -> Float[Array, "B Tk Kv d"]:
+    pages: Float[Array, "L P page *vector"], layer: Layer, table: Int[Array, "B pages"]
+) -> Float[Array, "B Tk *vector"]:
     """The whole context that the table names, in order of position."""
-    gathered = pages[layer, block_table]
+    gathered = pages[layer, table]
     batch, count, page_size, *vector = gathered.shape
     return gathered.reshape(batch, count * page_size, *vector)
+
+
+def positions_of(
+    table: Int[Array, "B pages"], first: Int[Array, "B"], page_size: int
+) -> Int[Array, "B Tk"]:
+    """The position of every token that `read` returns."""
+    return first[:, None] + jnp.arange(table.shape[1] * page_size)
