@@ -1,4 +1,4 @@
-"""Trains the embedded demo model with the runtime's own modules: `python -m jaxmoe.demo.train --family mixtral`.
+"""Trains the embedded demo models with the runtime's own modules: `python -m jaxmoe.demo.train --family mixtral`.
 
 The data are what `jaxmoe.demo.corpus` prepares. Every step draws its windows from a generator seeded by (seed, step),
 so an interrupted run goes on from its last saved state as if it had never stopped. The result is an ordinary Hugging
@@ -32,7 +32,7 @@ from jaxmoe.checkpoints.writer import save_hf
 from jaxmoe.demo import corpus
 from jaxmoe.errors import ConfigError, JaxmoeError
 from jaxmoe.models.decoder import Execution, merge
-from jaxmoe.models.mixtral import Mixtral
+from jaxmoe.models.registry import family_of
 from jaxmoe.moe.placement import Placement, initial_placement
 from jaxmoe.sharding.mesh import MeshSpec, make_mesh
 
@@ -59,7 +59,72 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "eos_token_id": 2,
         "router_aux_loss_coef": 0.01,
         "torch_dtype": "bfloat16",
-    }
+    },
+    "deepseek-v3": {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "vocab_size": 4096,
+        "hidden_size": 160,
+        "num_hidden_layers": 4,
+        "first_k_dense_replace": 1,
+        "intermediate_size": 256,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 64,
+        "kv_lora_rank": 64,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+        "n_routed_experts": 32,
+        "num_experts_per_tok": 4,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 48,
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "num_nextn_predict_layers": 1,
+        "max_position_embeddings": 1024,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": "bfloat16",
+    },
+    "llama4": {
+        "architectures": ["Llama4ForCausalLM"],
+        "model_type": "llama4_text",
+        "vocab_size": 4096,
+        "hidden_size": 160,
+        "num_hidden_layers": 4,
+        "interleave_moe_layer_step": 2,
+        "intermediate_size": 176,
+        "intermediate_size_mlp": 432,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 40,
+        "num_local_experts": 16,
+        "num_experts_per_tok": 1,
+        "attention_chunk_size": 128,
+        "no_rope_layer_interval": 4,
+        "use_qk_norm": True,
+        "attn_temperature_tuning": True,
+        "floor_scale": 256,
+        "attn_scale": 0.1,
+        "max_position_embeddings": 1024,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "router_aux_loss_coef": 0.01,
+        "torch_dtype": "bfloat16",
+    },
 }
 
 
@@ -77,7 +142,12 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What the shipped weights were trained with; tokens a step are the same in every phase."""
+    """What the shipped weights were trained with; tokens a step are the same in every phase.
+
+    router_aux: weight of the loss that balances experts. bias_step: instead of that loss, where routers have a bias, how
+    far it moves a step against an expert's excess load (DeepSeek-V3, arXiv:2412.19437, sec. 2.1.2).
+    mtp_weight: of the loss of predicting a token more.
+    """
 
     tokens: int = 10_000_000
     tokens_per_step: int = 2048
@@ -86,6 +156,8 @@ class Recipe:
     weight_decay: float = 0.05
     clip: float = 1.0
     router_aux: float = 0.01
+    bias_step: float = 2e-3
+    mtp_weight: float = 0.3
     phases: tuple[Phase, ...] = (
         Phase(0.8, 256, SHARES | {"chat": 0.04}),
         # Longer windows at the end teach the whole context, and more dialogue how to answer.
@@ -136,12 +208,13 @@ class Trainer:
     """Model, optimiser and compiled steps of one run."""
 
     def __init__(self, family: str, recipe: Recipe, seed: int) -> None:
-        self.recipe, self.seed = recipe, seed
-        self.config = Mixtral.read_config(CONFIGS[family])
+        self.recipe, self.seed, self.hf = recipe, seed, CONFIGS[family]
+        self.family = family_of(self.hf)
+        self.config = config = self.family.read_config(self.hf)
         self.mesh = make_mesh(MeshSpec())
-        self.placement = initial_placement(self.config.layers, self.config.experts, self.config.experts)
+        self.placement = initial_placement(len(config.stacks["moe"]), config.experts, config.experts)
         with jax.set_mesh(self.mesh):
-            model = Mixtral(self.config, self.config.experts, jnp.dtype("float32"), nnx.Rngs(seed))
+            model = self.family(config, config.experts, jnp.dtype("float32"), nnx.Rngs(seed))
             self.abstract = nnx.eval_shape(lambda: model)
         self.params: Any = nnx.to_pure_dict(nnx.state(model))
         schedule = optax.warmup_cosine_decay_schedule(
@@ -162,22 +235,43 @@ class Trainer:
     def _loss(
         self, params: Any, windows: Int[Array, "B T1"], placement: Placement
     ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], Float[Array, "L E"]]]:
+        """The loss, the cross-entropy alone, and how many (token, choice) each expert of each mixture layer took."""
         model = merge(self.abstract, params)
-        tokens, targets = windows[None, :, :-1], windows[:, 1:].reshape(-1)
+        tokens, targets = windows[None, :, :-1], windows[None, :, 1:]
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[2]), tokens.shape)
-        hidden, _, routed = model(tokens, positions, placement, None, Execution(unroll=True))
-        logits, routed = jax.sharding.reshard((model.logits(hidden), routed), P())
-        logits = logits[0]
-        cross_entropy = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets))
+        execution = Execution(unroll=True)
+        hidden, _, routed = model(tokens, positions, placement, None, execution)
+        assert routed is not None
+
+        def cross_entropy(hidden: Array, targets: Array) -> Array:
+            """targets -1 are left out."""
+            logits = jax.sharding.reshard(model.logits(hidden), P())[0]
+            each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
+            return jnp.sum(jnp.where(targets >= 0, each, 0)) / jnp.sum(targets >= 0)
+
+        plain = cross_entropy(hidden, targets.reshape(-1))
+        loss = plain
+        if self.config.mtp_layers:
+            further, _, also = model.predict_next(hidden, targets, positions, placement, None, execution)
+            routed = jax.tree.map(lambda main, last: jnp.concatenate([main, last[None]]), routed, also)
+            after_next = jnp.pad(windows[:, 2:], ((0, 0), (0, 1)), constant_values=-1)
+            loss += self.recipe.mtp_weight * cross_entropy(further, after_next.reshape(-1))
+        routed = jax.sharding.reshard(routed, P())
         loads = jnp.sum(jax.nn.one_hot(routed.experts[:, 0], self.config.experts), axis=(1, 2))
-        return cross_entropy + self.recipe.router_aux * balance_loss(*routed), (cross_entropy, loads)
+        if self.config.groups is None:
+            loss += self.recipe.router_aux * balance_loss(*routed)
+        return loss, (plain, loads)
 
     @functools.cached_property
     def _update(self) -> Any:
         def update(params: Any, opt_state: Any, windows: Array, placement: Placement) -> tuple[Any, Any, Array]:
-            (_, (cross_entropy, _)), grads = jax.value_and_grad(self._loss, has_aux=True)(params, windows, placement)
+            grads, (cross_entropy, loads) = jax.grad(self._loss, has_aux=True)(params, windows, placement)
             updates, opt_state = self.optimizer.update(grads, opt_state, params)
-            return optax.apply_updates(params, updates), opt_state, cross_entropy
+            params = optax.apply_updates(params, updates)
+            if "router_bias" in params:
+                excess = jnp.sign(loads - jnp.mean(loads, axis=-1, keepdims=True))
+                params = {**params, "router_bias": params["router_bias"] - self.recipe.bias_step * excess}
+            return params, opt_state, cross_entropy
 
         return jax.jit(update, donate_argnums=(0, 1))
 
@@ -223,9 +317,8 @@ class Trainer:
     def export(self, out: Path, tokenizer_dir: Path) -> None:
         """Writes the checkpoint in Hugging Face's layout, weights in bfloat16."""
         out.mkdir(parents=True, exist_ok=True)
-        save_hf(out, Mixtral.keys, self.config, self.params, jnp.dtype("bfloat16"))
-        hf = next(config for config in CONFIGS.values() if config["model_type"] == self.config.model_type)
-        (out / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+        save_hf(out, self.family.keys, self.config, self.params, jnp.dtype("bfloat16"))
+        (out / "config.json").write_text(json.dumps(self.hf, indent=2) + "\n")
         generation = {"bos_token_id": 1, "eos_token_id": 2, "do_sample": True, "temperature": 0.7, "top_p": 0.9}
         (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
         for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -1,5 +1,6 @@
 """A checkpoint on a mesh: configuration, parameters and placement, and the uncached forward pass."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -14,15 +15,24 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.axes import Logits
-from jaxmoe.checkpoints.loader import load_params, read_config, read_generation_config
+from jaxmoe.checkpoints.loader import (
+    has_tensors,
+    load_params,
+    read_config,
+    read_generation_config,
+    read_quantization,
+)
 from jaxmoe.errors import ConfigError, InvalidRequestError
-from jaxmoe.models.config import token_ids
+from jaxmoe.models.config import ModelConfig, token_ids
 from jaxmoe.models.decoder import RANK_ROWS, Decoder, Execution, merge
+from jaxmoe.models.kv_cache import PagedContext, make_cache
+from jaxmoe.models.llama4 import text_config
 from jaxmoe.models.registry import family_of
 from jaxmoe.moe.placement import initial_placement
 from jaxmoe.sharding.devices import virtual_devices
-from jaxmoe.sharding.mesh import MeshSpec, make_mesh, slots_for
+from jaxmoe.sharding.mesh import RANKS, MeshSpec, make_mesh, slots_for
 from jaxmoe.sharding.rules import check_divisible
+from jaxmoe.spans import Span
 
 Progress = Callable[[str, int, int], None]
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -65,12 +75,15 @@ class Model:
             for name in ("temperature", "top_p", "top_k")
             if isinstance(generation.get(name), int | float) and generation.get("do_sample", True)
         }
+        if self.config.mtp_layers and not has_tensors(self.folder, f"model.layers.{self.config.layers}."):
+            # Some exporters keep the promise of further layers in the config and leave their tensors out.
+            self.config = dataclasses.replace(self.config, mtp_layers=0)
         config, spec = self.config, self.mesh_spec
-        check_divisible(spec, heads=config.heads, kv_heads=config.kv_heads, expert_width=config.expert_width)
+        check_divisible(spec, **_split_sizes(config))
         virtual_devices(spec.num_devices)
         self.mesh = make_mesh(spec)
         slots = slots_for(config.experts, spec)
-        placement = initial_placement(config.layers, config.experts, slots)
+        placement = initial_placement(len(config.stacks["moe"]), config.experts, slots)
         with jax.set_mesh(self.mesh):
             # The vocabulary is split where tp divides it and whole on every device where it does not.
             self.abstract: Decoder = nnx.eval_shape(
@@ -83,8 +96,10 @@ class Model:
                 config,
                 np.asarray(placement.slot_expert),
                 self.mesh,
-                self.dtype,
-                functools.partial(progress, "loading weights"),
+                ignored=family.ignored,
+                prefix=family.prefix,
+                block_size=read_quantization(text_config(hf)),
+                progress=functools.partial(progress, "loading weights"),
             )
         self.placement = jax.device_put(placement, NamedSharding(self.mesh, P()))
 
@@ -112,13 +127,7 @@ class Model:
 
         Compiles once for each shape.
         """
-        tokens = np.asarray(token_ids)
-        if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
-            raise InvalidRequestError(f"token_ids must be integers [B, T], not {tokens.dtype}{list(tokens.shape)}")
-        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
-            raise InvalidRequestError(
-                f"token ids span {tokens.min()}..{tokens.max()}, outside the vocabulary of {self.config.vocab_size}"
-            )
+        tokens = self._checked(token_ids, 2)
         batch, length = tokens.shape
         per_rank = -(-batch // self.num_ranks)
         padded = np.zeros((self.num_ranks * per_rank, length), np.int32)
@@ -130,6 +139,101 @@ class Model:
             out = self._forward(self.params, self.placement, *placed)
         return np.asarray(out).reshape(len(padded), length, -1)[:batch]
 
+    def logits_decode(
+        self, token_ids: Int[np.ndarray, "T"], prefill: int, page_size: int = 16
+    ) -> Float[np.ndarray, "steps V"]:
+        """Logits through the paged cache, float32: after `prefill` tokens at once, then after each further one.
+
+        Row i is what follows token prefill - 1 + i. Raises InvalidRequestError on a bad id, shape or number.
+        """
+        tokens = self._checked(token_ids, 1)
+        if not 1 <= prefill <= len(tokens):
+            raise InvalidRequestError(f"prefill={prefill} must be between 1 and the {len(tokens)} tokens", "prefill")
+        total = -(-len(tokens) // page_size)
+        rings = [min(total, pages_reached(span, prefill, page_size, total)) for span in self.config.spans]
+        cache = make_cache(self.config, self.mesh, tuple(rings), page_size, self.dtype)
+        rows = []
+        for start in (0, *range(prefill, len(tokens))):
+            count = prefill if start == 0 else 1
+            # One sequence on the first rank; a windowed group reuses its pages in turn.
+            firsts = [span.first(start) // page_size for span in self.config.spans]
+            widths = [min(ring, pages_reached(span, count, page_size, total)) for span, ring in self._with(rings)]
+            tables = [
+                (first + np.arange(width)) % ring for first, width, ring in zip(firsts, widths, rings, strict=True)
+            ]
+            on_first = np.arange(self.num_ranks) == 0
+            positions = np.where(on_first[:, None], start + np.arange(count), -1)[:, None]
+            fed = np.broadcast_to(tokens[start : start + count], positions.shape)
+            on_ranks = [np.broadcast_to(table, (self.num_ranks, 1, len(table))) for table in tables]
+            starts = [np.full((self.num_ranks, 1), first * page_size) for first in firsts]
+            arrays = jax.tree.map(
+                lambda array: array.astype(np.int32), (fed, positions, tuple(on_ranks), tuple(starts))
+            )
+            with jax.set_mesh(self.mesh):
+                out, cache = self._cached_forward(self.params, self.placement, cache, *self._placed(arrays))
+            rows.append(np.asarray(out)[0])
+        return np.stack(rows)
+
+    def mtp_logits(self, token_ids: Int[np.ndarray, "T"]) -> Float[np.ndarray, "rows V"]:
+        """Logits of multi-token prediction, float32 [T - 1, V]: row i is of token i + 2, given tokens 0 to i + 1.
+
+        Raises ConfigError if the checkpoint has no layer for it, InvalidRequestError on a bad id or shape.
+        """
+        if not self.config.mtp_layers:
+            raise ConfigError(f"{self.folder} has no layers for multi-token prediction")
+        tokens = self._checked(token_ids, 1)
+        if len(tokens) < 2:
+            raise InvalidRequestError("multi-token prediction needs at least two tokens")
+        on_first = np.arange(self.num_ranks)[:, None, None] == 0
+        positions = np.where(on_first, np.arange(len(tokens) - 1), -1).astype(np.int32)
+        windows = [np.broadcast_to(part, positions.shape).astype(np.int32) for part in (tokens[:-1], tokens[1:])]
+        with jax.set_mesh(self.mesh):
+            out = self._mtp_forward(self.params, self.placement, *self._placed((*windows, positions)))
+        return np.asarray(out)[0]
+
+    def _checked(self, token_ids: Any, ndim: int) -> np.ndarray:
+        tokens = np.asarray(token_ids)
+        if tokens.ndim != ndim or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
+            axes = "[B, T]" if ndim == 2 else "[T]"
+            raise InvalidRequestError(f"token_ids must be integers {axes}, not {tokens.dtype}{list(tokens.shape)}")
+        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
+            raise InvalidRequestError(
+                f"token ids span {tokens.min()}..{tokens.max()}, outside the vocabulary of {self.config.vocab_size}"
+            )
+        return tokens
+
+    def _with(self, rings: list[int]) -> Any:
+        return zip(self.config.spans, rings, strict=True)
+
+    def _placed(self, arrays: Any) -> Any:
+        """Host arrays with a leading rank axis, each on its ranks."""
+        return jax.tree.map(
+            lambda array: jax.device_put(array, NamedSharding(self.mesh, P(RANKS, *(None,) * (array.ndim - 1)))), arrays
+        )
+
+    @functools.cached_property
+    def _cached_forward(self) -> Any:
+        def forward(
+            params: Any, placement: Any, cache: Any, tokens: Array, positions: Array, tables: Any, firsts: Any
+        ) -> tuple[Array, Any]:
+            model = merge(self.abstract, params)
+            context = PagedContext(cache, tables, firsts)
+            hidden, written, _ = model(tokens, positions, placement, context, self.execution)
+            assert written is not None
+            return model.logits(hidden[:, -1:])[:, 0].astype(jnp.float32), written.cache
+
+        return jax.jit(forward, donate_argnums=2)
+
+    @functools.cached_property
+    def _mtp_forward(self) -> Any:
+        def forward(params: Any, placement: Any, tokens: Array, following: Array, positions: Array) -> Logits:
+            model = merge(self.abstract, params)
+            hidden, _, _ = model(tokens, positions, placement, None, self.execution)
+            hidden, _, _ = model.predict_next(hidden, following, positions, placement, None, self.execution)
+            return model.logits(hidden).astype(jnp.float32)
+
+        return jax.jit(forward)
+
     @functools.cached_property
     def _forward(self) -> Any:
         def forward(params: Any, placement: Any, tokens: Array, positions: Array) -> Logits:
@@ -138,3 +242,23 @@ class Model:
             return model.logits(hidden).astype(jnp.float32)
 
         return jax.jit(forward)
+
+
+def pages_reached(span: Span, tokens: int, page_size: int, total: int) -> int:
+    """The most pages that `tokens` consecutive queries of one sequence look into, of `total` that it has."""
+    reach = span.reach(tokens)
+    return total if reach is None else min(total, -(-(reach + page_size - 1) // page_size))
+
+
+def _split_sizes(config: ModelConfig) -> dict[str, int]:
+    """The axes that `tp` splits, by name."""
+    sizes = {"heads": config.heads}
+    if config.latent is None:
+        sizes["kv_heads"] = config.kv_heads
+    if config.stacks["moe"]:
+        sizes["expert_width"] = config.expert_width
+        if config.shared_width:
+            sizes["shared_width"] = config.shared_width
+    if config.stacks["dense"]:
+        sizes["dense_width"] = config.dense_width
+    return sizes

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
+from types import UnionType
 from typing import Any
 
 from jaxmoe.errors import CheckpointError
@@ -157,30 +158,58 @@ class ModelConfig:
 class Fields:
     """Reads a `config.json` key by key, so that what is left unread at the end is known and named."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], where: str = "config.json") -> None:
         self._config = config
+        self._where = where
         self._read: set[str] = set()
 
-    def __call__(self, key: str, kind: type, default: Any = ...) -> Any:
+    def __call__(self, key: str, kind: type | UnionType, default: Any = ...) -> Any:
         """The value of `key` as `kind`; `default` when it is absent or null. Raises CheckpointError."""
         self._read.add(key)
         value = self._config.get(key)
         if value is None:
             if default is ...:
-                raise CheckpointError(f"config.json lacks {key!r}, which this model needs")
+                raise CheckpointError(f"{self._where} lacks {key!r}, which this model needs")
             return default
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise CheckpointError(f"config.json: {key}={value!r} must be of type {kind.__name__}")
+            name = kind.__name__ if isinstance(kind, type) else str(kind)
+            raise CheckpointError(f"{self._where}: {key}={value!r} must be of type {name}")
         return value
+
+    def list_of(self, key: str, kind: type, length: int | None = None) -> list[Any] | None:
+        """A list of `kind` of at least `length`, None when it is absent or null. Raises CheckpointError."""
+        values = self(key, list, None)
+        if values is None:
+            return None
+        if not all(isinstance(value, kind) and not (kind is int and isinstance(value, bool)) for value in values):
+            raise CheckpointError(f"{self._where}: {key} must be a list of {kind.__name__}")
+        if length is not None and values and len(values) < length:
+            raise CheckpointError(f"{self._where}: {key} has {len(values)} entries, fewer than {length} layers")
+        return values
+
+    def must_be(self, key: str, *known: Any) -> None:
+        """Raises CheckpointError unless the key is absent or has one of the values that are computed here."""
+        self._read.add(key)
+        value = self._config.get(key)
+        if key in self._config and not any(value == one and type(value) is type(one) for one in known):
+            listed = " or ".join(map(repr, known))
+            raise CheckpointError(f"{self._where}: {key}={value!r} is not supported; only {listed} is")
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._config
+
+    def ignore(self, *keys: str) -> None:
+        """Counts keys as read whose value changes nothing here."""
+        self._read.update(keys)
 
     def finish(self) -> None:
         """Raises CheckpointError naming every key that nobody read and that is not known to be harmless."""
         unknown = sorted(set(self._config) - self._read - HARMLESS_KEYS)
         if unknown:
             raise CheckpointError(
-                f"config.json has keys whose effect on the model is not known here: {', '.join(unknown)}; "
+                f"{self._where} has keys whose effect on the model is not known here: {', '.join(unknown)}; "
                 "remove them if they change nothing"
             )
 
@@ -192,6 +221,15 @@ def token_ids(config: Mapping[str, Any], key: str) -> tuple[int, ...]:
     if not all(isinstance(id_, int) for id_ in ids):
         raise CheckpointError(f"{key}={value!r} must be a token id, a list of them or null")
     return tuple(ids)
+
+
+def special_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of ModelConfig that name tokens. Raises CheckpointError."""
+    return {
+        "bos_token_id": next(iter(token_ids(config, "bos_token_id")), None),
+        "eos_token_ids": token_ids(config, "eos_token_id"),
+        "pad_token_id": next(iter(token_ids(config, "pad_token_id")), None),
+    }
 
 
 def rope_from(fields: Fields, default_theta: float, max_position: int) -> RopeConfig:
@@ -212,7 +250,9 @@ def rope_from(fields: Fields, default_theta: float, max_position: int) -> RopeCo
     if factor < 1:
         raise CheckpointError(f"config.json: rope factor={factor} must be at least 1")
     original = inner("original_max_position_embeddings", int, max_position)
-    rope = RopeConfig(theta, kind, factor, original)
+    # Latent attention sharpens its scores by mscale_all_dim under every kind of scaling.
+    mscale, mscale_all_dim = inner("mscale", float, 0.0), inner("mscale_all_dim", float, 0.0)
+    rope = RopeConfig(theta, kind, factor, original, mscale=mscale, mscale_all_dim=mscale_all_dim)
     if kind == "llama3":
         rope = dataclasses.replace(
             rope, low_freq_factor=inner("low_freq_factor", float), high_freq_factor=inner("high_freq_factor", float)
@@ -222,8 +262,6 @@ def rope_from(fields: Fields, default_theta: float, max_position: int) -> RopeCo
             rope,
             beta_fast=inner("beta_fast", float, 32.0),
             beta_slow=inner("beta_slow", float, 1.0),
-            mscale=inner("mscale", float, 0.0),
-            mscale_all_dim=inner("mscale_all_dim", float, 0.0),
             attention_factor=inner("attention_factor", float, None),
             truncate=inner("truncate", bool, True),
         )

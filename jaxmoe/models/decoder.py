@@ -1,27 +1,30 @@
 """The skeleton that all families share: embed, layers of attention and experts, final norm, logits."""
 
 import dataclasses
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe.axes import Hidden, Layer, Logits, Positions, Tokens
-from jaxmoe.models.attention import Attention
+from jaxmoe.models.attention import RANK_ROWS, Attention, Place
 from jaxmoe.models.config import ModelConfig
+from jaxmoe.models.feed_forward import FeedForward
+from jaxmoe.models.keys import Keys
 from jaxmoe.models.kv_cache import PagedContext
+from jaxmoe.models.latent_attention import LatentAttention
+from jaxmoe.models.segments import Segment, segments
 from jaxmoe.moe.dispatch import Strategy, mixture
 from jaxmoe.moe.experts import Experts
 from jaxmoe.moe.placement import Placement, choose_slots
-from jaxmoe.moe.routing import softmax_top_k
+from jaxmoe.moe.routing import Routing
 from jaxmoe.ops.norms import rms_norm
-from jaxmoe.sharding.mesh import RANKS
 from jaxmoe.sharding.rules import RULES, partition
 
-RANK_ROWS = P(RANKS, None, None)
 DecoderT = TypeVar("DecoderT", bound="Decoder")
 
 
@@ -39,37 +42,76 @@ class Execution:
 
 
 class Routed(NamedTuple):
-    """What the routers decided, for losses and statistics. Padded rows have experts -1."""
+    """What the routers decided, for losses and statistics, by layer of the stack "moe". Padded rows have experts -1."""
 
     logits: Float[Array, "L R N E"]
     experts: Int[Array, "L R N K"]
 
 
 class Decoder(nnx.Module):
-    """Parameters of all layers, stacked on a leading axis, and the forward pass."""
+    """Parameters of all layers, stacked on a leading axis, and the forward pass.
+
+    A family derives from it: how its config reads, how its checkpoints name parameters, how its routers choose.
+    """
+
+    keys: ClassVar[Keys]
+    ignored: ClassVar[str] = ""  # pattern of the names of tensors in checkpoints that the model does without
+    prefix: ClassVar[str] = ""  # before the names of tensors in some checkpoints
+    weigh_input: ClassVar[bool] = False  # whether a routing weight belongs on the expert's input
+    router_dtype: ClassVar[jnp.dtype | None] = None  # of the routers' parameters, if not the model's
+
+    @staticmethod
+    def read_config(hf: Mapping[str, Any]) -> ModelConfig:
+        """From `config.json`. Raises CheckpointError naming what is missing, malformed or not understood."""
+        raise NotImplementedError
+
+    def route(
+        self,
+        x: Float[Array, "N D"],
+        router: Float[Array, "D E"],
+        bias: Float[Array, "E"] | None,
+        valid: Bool[Array, "N"],
+    ) -> tuple[Float[Array, "N E"], Routing]:
+        """The router's logits and its choice, on one rank."""
+        raise NotImplementedError
 
     def __init__(
         self, config: ModelConfig, slots: int, dtype: jnp.dtype, rngs: nnx.Rngs, vocab_split: bool = False
     ) -> None:
         self.config = config
         self.vocab_partition = partition("vocab" if vocab_split else None, None)
-        layers, width = config.layers, config.width
+        width = config.width
+        layers, mixtures, dense, mtp = (len(config.stacks[name]) for name in ("all", "moe", "dense", "mtp"))
 
-        def normal(shape: tuple[int, ...], scale: float, spec: P) -> nnx.Param:
-            return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * scale, out_sharding=spec)
+        def normal(shape: tuple[int, ...], scale: float, spec: P = P(), of: jnp.dtype | None = None) -> nnx.Param:
+            return nnx.Param(jax.random.normal(rngs.params(), shape, of or dtype) * scale, out_sharding=spec)
 
         def ones(*shape: int) -> nnx.Param:
             return nnx.Param(jnp.ones(shape, dtype), out_sharding=P())
 
+        def feed_forward(count: int, inner: int) -> FeedForward:
+            return FeedForward(count, width, inner, config.activation, layers, dtype, rngs)
+
         self.embed = normal((config.vocab_size, width), 0.02, self.vocab_partition)
         self.attention_norm = ones(layers, width)
-        self.attention = Attention(config, dtype, rngs)
-        self.expert_norm = ones(layers, width)
-        self.router = normal((layers, width, config.experts), width**-0.5, P())
-        self.experts = Experts(layers, slots, width, config.expert_width, config.activation, dtype, rngs)
+        self.attention = (LatentAttention if config.latent else Attention)(config, dtype, rngs)
+        self.feed_forward_norm = ones(layers, width)
+        if dense:
+            self.dense = feed_forward(dense, config.dense_width)
+        if mixtures:
+            self.router = normal((mixtures, width, config.experts), width**-0.5, of=self.router_dtype)
+            self.experts = Experts(
+                mixtures, slots, width, config.expert_width, config.activation, dtype, rngs, depth=layers
+            )
+            if config.groups is not None:
+                self.router_bias = nnx.Param(jnp.zeros((mixtures, config.experts), jnp.float32), out_sharding=P())
+            if config.shared_width:
+                self.shared = feed_forward(mixtures, config.shared_width)
         self.norm = ones(width)
         if not config.tie_embeddings:
             self.lm_head = normal((config.vocab_size, width), width**-0.5, self.vocab_partition)
+        if mtp:
+            self.mtp = NextTokens(mtp, width, dtype, rngs)
 
     def __call__(
         self,
@@ -78,41 +120,142 @@ class Decoder(nnx.Module):
         placement: Placement,
         context: PagedContext | None = None,
         execution: Execution = Execution(),
-    ) -> tuple[Hidden, PagedContext | None, Routed]:
+    ) -> tuple[Hidden, PagedContext | None, Routed | None]:
         """Hidden states after the final norm, N = B * T rows a rank. Padding has position -1 and is routed nowhere.
 
         Without a context, row t attends to rows of its own sequence at positions up to its own; with one, keys and
-        values are written to the cache's pages first and attention runs over the pages.
+        values are written to the cache's pages first and attention runs over the pages. Routed is that of the main
+        model's mixture layers, None if it has none.
         """
         tokens, positions = jax.sharding.reshard((tokens, positions), (RANK_ROWS, RANK_ROWS))
         x = self._embed(tokens)
+        kinds = self.config.kinds
+        found: list[Routed] = []
+        for segment in segments(kinds):
+            x, context, routed = self._run(segment, x, positions, placement, context, execution)
+            found += routed
+        joined = Routed(*(jnp.concatenate(arrays) for arrays in zip(*found, strict=True))) if found else None
+        return self._norm(x, self.norm[...]), context, joined
 
-        def one_layer(
-            carry: tuple[Array, PagedContext | None], layer: Layer
-        ) -> tuple[tuple[Array, PagedContext | None], Routed]:
+    def predict_next(
+        self,
+        hidden: Hidden,
+        next_tokens: Tokens,
+        positions: Positions,
+        placement: Placement,
+        context: PagedContext | None = None,
+        execution: Execution = Execution(),
+    ) -> tuple[Hidden, PagedContext | None, Routed]:
+        """Multi-token prediction (DeepSeek-V3, arXiv:2412.19437, sec. 2.2), one token deep.
+
+        hidden: of the main model, after its final norm. next_tokens: the token after each row's own.
+        Returns hidden states whose `logits` are of the token after next, from a layer with a cache of its own.
+        """
+        tokens, positions = jax.sharding.reshard((next_tokens, positions), (RANK_ROWS, RANK_ROWS))
+        x = self.mtp.join(self._embed(tokens), hidden, self.config.norm_eps)
+        last = self.config.layers
+        x, context, routed = self._layer(x, positions, placement, self._place(last), last, context, execution)
+        assert routed is not None
+        return self._norm(x, self.mtp.norm[0]), context, routed
+
+    def _run(
+        self,
+        segment: Segment,
+        x: Hidden,
+        positions: Positions,
+        placement: Placement,
+        context: PagedContext | None,
+        execution: Execution,
+    ) -> tuple[Hidden, PagedContext | None, list[Routed]]:
+        """The layers of one segment; what was routed, with a layer axis."""
+
+        def period(
+            carry: tuple[Array, PagedContext | None], turn: Layer
+        ) -> tuple[tuple[Array, PagedContext | None], list[Routed]]:
             x, context = carry
-            with jax.named_scope("layer"):
-                normed = self._norm(x, self.attention_norm[layer])
-                attended, context = self.attention(normed, positions, layer, context)
-                x = x + attended
-                normed = self._norm(x, self.expert_norm[layer])
-                logits, experts, weights, slots = self._route(normed, positions, layer, placement)
-                x = x + mixture(
-                    normed, slots, weights, self.experts, layer, execution.strategy, execution.capacity_factor
-                )
-            return (x, context), Routed(logits, experts)
+            found = []
+            for layer in range(segment.start, segment.start + segment.period):
+                place = self._place(layer, segment, turn)
+                x, context, routed = self._layer(x, positions, placement, place, layer, context, execution)
+                if routed is not None:
+                    found.append(routed)
+            return (x, context), found
 
         carry = (x, context)
-        if execution.unroll:
-            layers = []
-            for layer in range(self.config.layers):
-                carry, routed = one_layer(carry, layer)
-                layers.append(routed)
-            stacked = Routed(*(jnp.stack(arrays) for arrays in zip(*layers, strict=True)))
-        else:
-            carry, stacked = jax.lax.scan(one_layer, carry, jnp.arange(self.config.layers))
-        x, context = carry
-        return self._norm(x, self.norm[...]), context, stacked
+        if segment.repeats == 1 or execution.unroll:
+            turns = []
+            for turn in range(segment.repeats):
+                carry, found = period(carry, turn)
+                turns += [jax.tree.map(lambda array: array[None], routed) for routed in found]
+            return *carry, turns
+        carry, stacked = jax.lax.scan(period, carry, jnp.arange(segment.repeats))
+        if not stacked:
+            return *carry, []
+        # [turns, ...] of each mixture layer of a period to [turns * mixtures, ...] in order of layers.
+        joined = Routed(
+            *(
+                jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:], out_sharding=P(None, *RANK_ROWS))
+                for arrays in zip(*stacked, strict=True)
+            )
+        )
+        return *carry, [joined]
+
+    def _place(self, layer: int, segment: Segment | None = None, turn: Layer = 0) -> Place:
+        """Where the arrays of a layer lie, `turn` periods further on in its segment."""
+        kinds, spans = self.config.all_kinds, self.config.spans
+        kind = kinds[layer]
+        inside = kinds[segment.start : segment.start + segment.period] if segment else ()
+        alike = sum(other.moe == kind.moe for other in kinds[:layer])
+        cached = sum(other.span == kind.span for other in kinds[:layer])
+        return Place(
+            layer + turn * len(inside),
+            alike + turn * sum(other.moe == kind.moe for other in inside),
+            spans.index(kind.span),
+            cached + turn * sum(other.span == kind.span for other in inside),
+        )
+
+    def _layer(
+        self,
+        x: Hidden,
+        positions: Positions,
+        placement: Placement,
+        place: Place,
+        number: int,
+        context: PagedContext | None,
+        execution: Execution,
+    ) -> tuple[Hidden, PagedContext | None, Routed | None]:
+        """One layer of the kind that layer `number` has, with the arrays of `place`."""
+        kind = self.config.all_kinds[number]
+        routed = None
+        with jax.named_scope("layer"):
+            normed = self._norm(x, self.attention_norm[place.layer])
+            attended, context = self.attention(normed, positions, kind, place, context)
+            x = x + attended
+            normed = self._norm(x, self.feed_forward_norm[place.layer])
+            if kind.moe:
+                mixed, routed = self._mixture(normed, positions, place.feed_forward, placement, execution)
+                x = x + mixed
+            else:
+                x = x + self.dense(normed, place.feed_forward)
+        return x, context, routed
+
+    def _mixture(
+        self, x: Hidden, positions: Positions, layer: Layer, placement: Placement, execution: Execution
+    ) -> tuple[Hidden, Routed]:
+        logits, experts, weights, slots = self._route(x, positions, layer, placement)
+        mixed = mixture(
+            x,
+            slots,
+            weights,
+            self.experts,
+            layer,
+            execution.strategy,
+            execution.capacity_factor,
+            self.weigh_input,
+        )
+        if self.config.shared_width:
+            mixed = mixed + self.shared(x, layer)
+        return mixed, Routed(logits, experts)
 
     def logits(self, hidden: Hidden) -> Logits:
         """Next-token logits in the dtype of `hidden`, the whole vocabulary on every device of a rank."""
@@ -148,20 +291,43 @@ class Decoder(nnx.Module):
         return rms_norm(x, weight, self.config.norm_eps)
 
     def _route(self, x: Hidden, positions: Positions, layer: Layer, placement: Placement) -> tuple[Array, ...]:
-        def local(x: Array, positions: Array, layer: Array, router: Array, placement: Placement) -> tuple[Array, ...]:
-            logits = x[0] @ router[layer]
-            experts, weights = softmax_top_k(logits, self.config.experts_per_token, positions.reshape(-1) >= 0)
+        def local(
+            x: Array, positions: Array, layer: Array, router: Array, bias: Array | None, placement: Placement
+        ) -> tuple[Array, ...]:
+            of_layer = None if bias is None else bias[layer]
+            logits, (experts, weights) = self.route(x[0], router[layer], of_layer, positions.reshape(-1) >= 0)
             slots = choose_slots(experts, placement.replica_slots[layer], placement.replica_count[layer])
             return logits[None], experts[None], weights[None], slots[None]
 
         with jax.named_scope("route"):
             run = jax.shard_map(
                 local,
-                in_specs=(RANK_ROWS, RANK_ROWS, P(), P(), P()),
+                in_specs=(RANK_ROWS, RANK_ROWS, P(), P(), P(), P()),
                 out_specs=(RANK_ROWS, RANK_ROWS, RANK_ROWS, RANK_ROWS),
                 check_vma=False,
             )
-            return run(x, positions, jnp.asarray(layer), self.router[...], placement)
+            bias = self.router_bias[...] if self.config.groups is not None else None
+            return run(x, positions, jnp.asarray(layer), self.router[...], bias, placement)
+
+
+class NextTokens(nnx.Module):
+    """What layers that predict a token more have beside a layer's own parameters.
+
+    embed_norm, hidden_norm, norm [L, D]; project [L, 2 D, D], whose first half meets the embedding.
+    """
+
+    def __init__(self, layers: int, width: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        def ones() -> nnx.Param:
+            return nnx.Param(jnp.ones((layers, width), dtype), out_sharding=P())
+
+        self.embed_norm, self.hidden_norm, self.norm = ones(), ones(), ones()
+        project = jax.random.normal(rngs.params(), (layers, 2 * width, width), dtype) * (2 * width) ** -0.5
+        self.project = nnx.Param(project, out_sharding=P())
+
+    def join(self, embedded: Hidden, hidden: Hidden, eps: float) -> Hidden:
+        """What goes into the layer."""
+        normed = (rms_norm(embedded, self.embed_norm[0], eps), rms_norm(hidden, self.hidden_norm[0], eps))
+        return jnp.einsum("rnd,de->rne", jnp.concatenate(normed, axis=-1), self.project[0])
 
 
 def merge(abstract: DecoderT, params: dict[str, Any]) -> DecoderT:

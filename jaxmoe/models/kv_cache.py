@@ -65,7 +65,9 @@ def make_cache(
     arrays = list(zip(cache_vectors(config), cache_partitions(config), strict=True))
     with jax.set_mesh(mesh):
         return tuple(
-            tuple(zeros((len(config.layers_of(span)), ranks * pages, page_size, *vector), spec) for vector, spec in arrays)
+            tuple(
+                zeros((len(config.layers_of(span)), ranks * pages, page_size, *vector), spec) for vector, spec in arrays
+            )
             for span, pages in zip(config.spans, pages_per_rank, strict=True)
         )
 
@@ -101,8 +103,6 @@ def read(
     return gathered.reshape(batch, count * page_size, *vector)
 
 
-def positions_of(
-    table: Int[Array, "B pages"], first: Int[Array, "B"], page_size: int
-) -> Int[Array, "B Tk"]:
+def positions_of(table: Int[Array, "B pages"], first: Int[Array, "B"], page_size: int) -> Int[Array, "B Tk"]:
     """The position of every token that `read` returns."""
     return first[:, None] + jnp.arange(table.shape[1] * page_size)

@@ -40,23 +40,33 @@ def mixture(
     layer: Layer,
     strategy: Strategy = "all_to_all",
     capacity_factor: float = 2.0,
+    weigh_input: bool = False,
 ) -> Hidden:
     """sum_k weights[k] * expert[slots[k]](x), summed in order of k in float32 and cast to x's dtype.
 
-    Slot -1 adds nothing.
+    Slot -1 adds nothing. weigh_input: the weight is on the expert's input instead, expert[slots[k]](weights[k] * x).
     """
     mesh = jax.sharding.get_abstract_mesh()
     with jax.named_scope("moe"):
         if strategy == "dense":
-            return _dense(x, slots, weights, experts, layer)
+            return _dense(x, slots, weights, experts, layer, weigh_input)
         if strategy != "all_to_all":
             raise ValueError(f"strategy={strategy!r} is not 'dense' or 'all_to_all'")
         if mesh.shape["ep"] == 1:
-            return _local(x, slots, weights, experts, layer)
-        return _all_to_all(x, slots, weights, experts, layer, mesh.shape["ep"], capacity_factor)
+            return _local(x, slots, weights, experts, layer, weigh_input)
+        return _all_to_all(x, slots, weights, experts, layer, mesh.shape["ep"], capacity_factor, weigh_input)
 
 
-def _combine(per_choice: Float[Array, "N K D"], weights: Float[Array, "N K"]) -> Float[Array, "N D"]:
+def _rows(x: Float[Array, "N D"], weights: Float[Array, "N K"], weigh_input: bool) -> Float[Array, "M D"]:
+    """What goes into the experts: a row for each token and choice, M = N * K."""
+    rows = jnp.repeat(x, weights.shape[-1], axis=0)
+    return rows * weights.reshape(-1, 1).astype(x.dtype) if weigh_input else rows
+
+
+def _combine(per_choice: Float[Array, "N K D"], weights: Float[Array, "N K"], weigh_input: bool) -> Float[Array, "N D"]:
+    """What comes out of the experts; that of slot -1 is zero."""
+    if weigh_input:
+        weights = jnp.ones_like(weights)
     return jnp.einsum("nkd,nk->nd", per_choice, weights.astype(jnp.float32)).astype(per_choice.dtype)
 
 
@@ -64,13 +74,15 @@ def _sum_over_tp(partial: Array) -> Array:
     return jax.lax.psum(partial, "tp") if jax.sharding.get_abstract_mesh().shape["tp"] > 1 else partial
 
 
-def _dense(x: Array, slots: Array, weights: Array, experts: Experts, layer: Layer) -> Array:
+def _dense(x: Array, slots: Array, weights: Array, experts: Experts, layer: Layer, weigh_input: bool) -> Array:
     def local(x: Array, slots: Array, weights: Array, gate_up: Array, down: Array, layer: Array) -> Array:
         act = functools.partial(jnp.einsum, preferred_element_type=x.dtype)
-        hidden = act("nd,sdtf->nstf", x[0], gate_up[layer])
-        from_slots = act("nsf,sfd->nsd", swiglu(hidden, experts.activation), down[layer])
-        chosen = jax.nn.one_hot(slots[0], gate_up.shape[1], dtype=x.dtype)
-        return _combine(jnp.einsum("nks,nsd->nkd", chosen, from_slots), weights[0])[None]
+        rows = _rows(x[0], weights[0], weigh_input)
+        hidden = act("md,sdtf->mstf", rows, gate_up[layer])
+        from_slots = act("msf,sfd->msd", swiglu(hidden, experts.activation), down[layer])
+        chosen = jax.nn.one_hot(slots[0].reshape(-1), gate_up.shape[1], dtype=x.dtype)
+        per_choice = jnp.einsum("ms,msd->md", chosen, from_slots).reshape(*slots.shape[1:], -1)
+        return _combine(per_choice, weights[0], weigh_input)[None]
 
     whole = (P(None), P(None))
     gathered = (jax.sharding.reshard(experts.gate_up[...], P()), jax.sharding.reshard(experts.down[...], P()))
@@ -78,13 +90,12 @@ def _dense(x: Array, slots: Array, weights: Array, experts: Experts, layer: Laye
     return run(x, slots, weights, *gathered, jnp.asarray(layer))
 
 
-def _local(x: Array, slots: Array, weights: Array, experts: Experts, layer: Layer) -> Array:
+def _local(x: Array, slots: Array, weights: Array, experts: Experts, layer: Layer, weigh_input: bool) -> Array:
     def local(x: Array, slots: Array, weights: Array, gate_up: Array, down: Array, layer: Array) -> Array:
-        choices = slots.shape[-1]
-        rows = jnp.repeat(x[0], choices, axis=0)
+        rows = _rows(x[0], weights[0], weigh_input)
         out = apply_experts(rows, slots.reshape(-1), gate_up, down, layer, experts.activation)
-        out = _sum_over_tp(out).reshape(-1, choices, x.shape[-1])
-        return _combine(out, weights[0])[None]
+        out = _sum_over_tp(out).reshape(*slots.shape[1:], x.shape[-1])
+        return _combine(out, weights[0], weigh_input)[None]
 
     run = jax.shard_map(local, in_specs=(TOKENS, TOKENS, TOKENS, *WEIGHTS, P()), out_specs=TOKENS, check_vma=False)
     return run(x, slots, weights, experts.gate_up[...], experts.down[...], jnp.asarray(layer))
@@ -96,7 +107,14 @@ def capacity_for(num_assignments: int, num_devices: int, factor: float) -> int:
 
 
 def _all_to_all(
-    x: Array, slots: Array, weights: Array, experts: Experts, layer: Layer, ep: int, factor: float
+    x: Array,
+    slots: Array,
+    weights: Array,
+    experts: Experts,
+    layer: Layer,
+    ep: int,
+    factor: float,
+    weigh_input: bool,
 ) -> Array:
     ranks, tokens, width = x.shape
     choices = slots.shape[-1]
@@ -119,9 +137,9 @@ def _all_to_all(
         """Buffer row of each (token, choice) in round `turn`; one past the end if it waits or went before."""
         return jnp.where((start >= 0) & (place // capacity == turn), start + place % capacity, ep * capacity)
 
-    def pack(x: Array, slots: Array, start: Array, place: Array, turn: Array) -> Array:
+    def pack(x: Array, slots: Array, weights: Array, start: Array, place: Array, turn: Array) -> Array:
         local_slot = (slots.reshape(-1) % slots_per_device + 1).astype(x.dtype)
-        rows = jnp.concatenate([jnp.repeat(x[0], choices, axis=0), local_slot[:, None]], axis=1)
+        rows = jnp.concatenate([_rows(x[0], weights[0], weigh_input), local_slot[:, None]], axis=1)
         buffer = jnp.zeros((ep * capacity, width + 1), x.dtype)
         buffer = buffer.at[in_buffer(start[0], place[0], turn)].set(rows, mode="drop")
         return buffer.reshape(1, 1, ep, capacity, width + 1)
@@ -146,11 +164,11 @@ def _all_to_all(
     )
     start, place, rounds = queue_all(slots)
     specs = (rank_rows, rank_rows, P())
-    pack_all = jax.shard_map(pack, in_specs=(TOKENS, TOKENS, *specs), out_specs=AT_SOURCE, check_vma=False)
+    pack_all = jax.shard_map(pack, in_specs=(TOKENS, TOKENS, TOKENS, *specs), out_specs=AT_SOURCE, check_vma=False)
     compute_all = jax.shard_map(compute, in_specs=(AT_EXPERTS, *WEIGHTS, P()), out_specs=AT_EXPERTS, check_vma=False)
     unpack_all = jax.shard_map(unpack, in_specs=(TOKENS, AT_SOURCE, *specs), out_specs=TOKENS, check_vma=False)
     combine_all = jax.shard_map(
-        lambda out, weights: _combine(out.reshape(-1, choices, width), weights[0])[None],
+        lambda out, weights: _combine(out.reshape(-1, choices, width), weights[0], weigh_input)[None],
         in_specs=(TOKENS, TOKENS),
         out_specs=TOKENS,
         check_vma=False,
@@ -159,7 +177,7 @@ def _all_to_all(
 
     def one_round(carry: tuple[Array, Array]) -> tuple[Array, Array]:
         turn, out = carry
-        to_experts = jax.sharding.reshard(pack_all(x, slots, start, place, turn), AT_EXPERTS)
+        to_experts = jax.sharding.reshard(pack_all(x, slots, weights, start, place, turn), AT_EXPERTS)
         computed = compute_all(to_experts, experts.gate_up[...], experts.down[...], layer)
         back = jax.sharding.reshard(computed, AT_SOURCE)
         return turn + 1, unpack_all(out, back, start, place, turn)

@@ -17,7 +17,15 @@ class Experts(nnx.Module):
     DOWN = (None, "slots", "expert_width", None)
 
     def __init__(
-        self, layers: int, slots: int, width: int, expert_width: int, activation: str, dtype: jnp.dtype, rngs: nnx.Rngs
+        self,
+        layers: int,
+        slots: int,
+        width: int,
+        expert_width: int,
+        activation: str,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        depth: int | None = None,
     ) -> None:
         self.activation = activation
         key = rngs.params
@@ -26,7 +34,8 @@ class Experts(nnx.Module):
             out_sharding=partition(*self.GATE_UP),
         )
         self.down = nnx.Param(
-            jax.random.normal(key(), (layers, slots, expert_width, width), dtype) * (2 * layers * expert_width) ** -0.5,
+            jax.random.normal(key(), (layers, slots, expert_width, width), dtype)
+            * (2 * (depth or layers) * expert_width) ** -0.5,
             out_sharding=partition(*self.DOWN),
         )
 

@@ -4,20 +4,28 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxmoe.spans import Span
+
+FULL = Span()
+
 
 def causal_mask(
-    query_positions: Int[Array, "B Tq"], key_positions: Int[Array, "B Tk"], window: int | None = None
+    query_positions: Int[Array, "B Tq"], key_positions: Int[Array, "B Tk"], span: Span = FULL
 ) -> Bool[Array, "B Tq Tk"]:
-    """Which keys each query sees: j <= i, and with a sliding window of w also i - w < j.
+    """Which keys each query sees: those at positions up to its own, as far back as the span says.
 
     Negative positions are padding.
 
-    >>> causal_mask(jnp.array([[2]]), jnp.array([[0, 1, 2, 3]]), window=2)
+    >>> causal_mask(jnp.array([[2]]), jnp.array([[0, 1, 2, 3]]), Span("window", 2))
     [[[False, True, True, False]]]
     """
     query, key = query_positions[:, :, None], key_positions[:, None, :]
     seen = (key <= query) & (key >= 0)
-    return seen if window is None else seen & (key > query - window)
+    if span.kind == "window":
+        return seen & (key > query - span.size)
+    if span.kind == "chunk":
+        return seen & (key // span.size == query // span.size)
+    return seen
 
 
 def attention(

@@ -91,10 +91,19 @@ def cos_sin(
     return (jnp.cos(angles) * magnitude).astype(dtype), (jnp.sin(angles) * magnitude).astype(dtype)
 
 
-def rotate_half_split(
-    x: Float[Array, "*rows heads d"], cos: Float[Array, "*rows half"], sin: Float[Array, "*rows half"]
+def rotate(
+    x: Float[Array, "*rows heads d"],
+    cos: Float[Array, "*rows half"],
+    sin: Float[Array, "*rows half"],
+    interleaved: bool = False,
 ) -> Float[Array, "*rows heads d"]:
-    """Rotates the pairs (x[i], x[i + d/2]), the layout of Mixtral's checkpoints."""
-    first, second = jnp.split(x, 2, axis=-1)
+    """Rotates the pairs (x[i], x[i + d/2]), or where checkpoints interleave them (x[2i], x[2i + 1]).
+
+    The result has first members, then second members, either way: scores compare queries and keys laid out alike.
+    """
+    if interleaved:
+        first, second = x[..., 0::2], x[..., 1::2]
+    else:
+        first, second = jnp.split(x, 2, axis=-1)
     cos, sin = cos[..., None, :], sin[..., None, :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -15,6 +15,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "heads": "tp",
     "kv_heads": "tp",
     "expert_width": "tp",
+    "dense_width": "tp",
     "vocab": "tp",
 }
 

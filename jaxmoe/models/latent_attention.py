@@ -1,0 +1,142 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, sec. 2.1): one latent vector a token is all that is cached.
+
+A head's key and value are linear in the latent, so both can be moved to the other side (sec. 2.1.2): the query is taken
+into the space of the latent and meets what is cached as it is, and the value is made from the mixed latents. A decode
+step then reads r + dr numbers a token and never makes per-head keys and values.
+"""
+
+from typing import ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxmoe.axes import Layer
+from jaxmoe.models import kv_cache
+from jaxmoe.models.attention import CachedAttention, Paging, Shapes
+from jaxmoe.models.config import LatentAttention as Dims
+from jaxmoe.models.config import LayerKind
+from jaxmoe.models.kv_cache import Pages
+from jaxmoe.ops.attention import attention, causal_mask
+from jaxmoe.ops.norms import rms_norm
+from jaxmoe.ops.rope import cos_sin, rotate
+
+NORM_EPS = 1e-6  # of the norms within attention, whatever the model's own is
+
+
+class LatentAttention(CachedAttention):
+    """Parameters of all layers; rq, r: ranks of query and latent; dn, dr, dv: parts of a head without and with
+    rotation, and its value.
+
+    query_a [L, D, rq], query_norm [L, rq], query_b [L, rq, H, dn + dr], or query [L, D, H, dn + dr] without a rank;
+    latent [L, D, r + dr], latent_norm [L, r], key_value [L, r, H, dn + dv], out [L, H, dv, D]; maybe biases.
+    """
+
+    SPLIT: ClassVar = {
+        "query": (None, None, "heads", None),
+        "query_a": (None, None, None),
+        "query_a_bias": (None, None),
+        "query_norm": (None, None),
+        "query_b": (None, None, "heads", None),
+        "latent": (None, None, None),
+        "latent_bias": (None, None),
+        "latent_norm": (None, None),
+        "key_value": (None, None, "heads", None),
+        "out": (None, "heads", None, None),
+        "out_bias": (None, None),
+    }  # fmt: skip
+
+    @property
+    def dims(self) -> Dims:
+        assert self.config.latent is not None
+        return self.config.latent
+
+    def shapes(self) -> Shapes:
+        """See CachedAttention."""
+        c, m = self.config, self.dims
+        query_dim = m.nope_dim + m.rope_dim
+        shapes: Shapes = {
+            "latent": ((c.width, m.kv_lora_rank + m.rope_dim), c.width**-0.5),
+            "latent_norm": ((m.kv_lora_rank,), 0),
+            "key_value": ((m.kv_lora_rank, c.heads, m.nope_dim + m.value_dim), m.kv_lora_rank**-0.5),
+            "out": ((c.heads, m.value_dim, c.width), (2 * c.layers * c.heads * m.value_dim) ** -0.5),
+        }
+        if m.q_lora_rank is None:
+            shapes["query"] = ((c.width, c.heads, query_dim), c.width**-0.5)
+        else:
+            shapes["query_a"] = ((c.width, m.q_lora_rank), c.width**-0.5)
+            shapes["query_norm"] = ((m.q_lora_rank,), 0)
+            shapes["query_b"] = ((m.q_lora_rank, c.heads, query_dim), m.q_lora_rank**-0.5)
+        if c.attention_bias:
+            shapes["latent_bias"] = ((m.kv_lora_rank + m.rope_dim,), 0.02)
+            shapes["out_bias"] = ((c.width,), 0.02)
+            if m.q_lora_rank is not None:
+                shapes["query_a_bias"] = ((m.q_lora_rank,), 0.02)
+        return shapes
+
+    def mix(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        kind: LayerKind,
+        weights: dict[str, Array],
+        cached: Layer,
+        paging: Paging | None,
+    ) -> tuple[Float[Array, "B T D"], Pages]:
+        """See CachedAttention."""
+        config, rank, nope = self.config, self.dims.kv_lora_rank, self.dims.nope_dim
+        if self.dims.q_lora_rank is None:
+            query = jnp.einsum("btd,dhk->bthk", x, weights["query"])
+        else:
+            low = jnp.einsum("btd,dr->btr", x, weights["query_a"]) + weights.get("query_a_bias", 0)
+            low = rms_norm(low, weights["query_norm"], NORM_EPS)
+            query = jnp.einsum("btr,rhk->bthk", low, weights["query_b"])
+        both = jnp.einsum("btd,dr->btr", x, weights["latent"]) + weights.get("latent_bias", 0)
+        latent = rms_norm(both[..., :rank], weights["latent_norm"], NORM_EPS)
+        cos, sin = cos_sin(config.rope, config.head_dim, jnp.maximum(positions, 0), x.dtype)
+        query_rope = rotate(query[..., nope:], cos, sin, config.rope_interleaved)
+        key_rope = rotate(both[:, :, None, rank:], cos, sin, config.rope_interleaved)[:, :, 0]
+        entries = jnp.concatenate([latent, key_rope], axis=-1)
+        key_positions = positions
+        pages: Pages = ()
+        if paging is not None:
+            pages = (kv_cache.write(paging.pages[0], cached, entries, positions, paging.table, paging.first),)
+            entries = kv_cache.read(pages[0], cached, paging.table).astype(x.dtype)
+            key_positions = kv_cache.positions_of(paging.table, paging.first, pages[0].shape[2])
+        mask = causal_mask(positions, key_positions, kind.span)
+        attend = _absorbed if absorbs(self.dims, x.shape[1], entries.shape[1]) else _expanded
+        mixed = attend(
+            query[..., :nope], query_rope, entries, weights["key_value"], mask, config.score_scale, self.dims
+        )
+        return jnp.einsum("bthv,hvd->btd", mixed, weights["out"]), pages
+
+
+def absorbs(dims: Dims, queries: int, keys: int) -> bool:
+    """Whether meeting the latents as they are takes fewer multiplications than making keys and values of them.
+
+    A head's scores and mix take 2r + dr a pair of query and key, against dn + dr + dv, once r (dn + dv) a key is spent
+    on making keys and values. DeepSeek-V3 (r 512, dn 128, dr 64, dv 128) absorbs up to about 170 queries.
+    """
+    made = dims.nope_dim + dims.value_dim
+    absorbed = queries * keys * (2 * dims.kv_lora_rank + dims.rope_dim) + queries * dims.kv_lora_rank * made
+    expanded = queries * keys * (made + dims.rope_dim) + keys * dims.kv_lora_rank * made
+    return absorbed <= expanded
+
+
+def _absorbed(
+    query: Array, query_rope: Array, entries: Array, key_value: Array, mask: Array, scale: float, dims: Dims
+) -> Float[Array, "B T H dv"]:
+    to_latent = jnp.einsum("bthn,rhn->bthr", query, key_value[..., : dims.nope_dim])
+    whole = jnp.concatenate([to_latent, query_rope], axis=-1)
+    shared = entries[:, :, None]
+    mixed = attention(whole, shared, shared[..., : dims.kv_lora_rank], mask, scale)
+    return jnp.einsum("bthr,rhv->bthv", mixed, key_value[..., dims.nope_dim :])
+
+
+def _expanded(
+    query: Array, query_rope: Array, entries: Array, key_value: Array, mask: Array, scale: float, dims: Dims
+) -> Float[Array, "B T H dv"]:
+    made = jnp.einsum("bsr,rhk->bshk", entries[..., : dims.kv_lora_rank], key_value)
+    rope = jnp.broadcast_to(entries[:, :, None, dims.kv_lora_rank :], (*made.shape[:3], dims.rope_dim))
+    key = jnp.concatenate([made[..., : dims.nope_dim], rope], axis=-1)
+    whole = jnp.concatenate([query, query_rope], axis=-1)
+    return attention(whole, key, made[..., dims.nope_dim :], mask, scale)
