@@ -36,7 +36,8 @@ def reference_checkpoint(tmp_path_factory):
     """A factory of tiny random checkpoints: `reference_checkpoint("llama4", head_dim=4, edit={"moe_layers": []})`.
 
     family: "mixtral", "deepseek_v3" or "llama4"; further keywords change the tiny config of that family.
-    edit, remove: changes to the saved config.json, and keys taken out of it, before either side reads it.
+    edit, remove: changes to the saved config.json (to its text_config, where it has one), and keys taken out of it,
+        before either side reads it.
     unread: changes to it that transformers does not get to see, since it would refuse what others take.
     add: shapes by name of tensors that the files hold besides.
     shard, dtype: `max_shard_size` and element type of its files.

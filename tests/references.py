@@ -161,6 +161,7 @@ def tokens_with_margin(model: torch.nn.Module, vocab: int, shape: tuple[int, int
         return (args[0] * (1 + 1e-4 * torch.randn(args[0].shape, generator=noise)),)
 
     for seed in range(100):
+        # The last token of the vocabulary stands for an image in multimodal models.
         tokens = np.random.default_rng(seed).integers(0, vocab - 1, shape)
         calm = logits_of(model, tokens)
         worst = 0.0
@@ -176,8 +177,12 @@ def tokens_with_margin(model: torch.nn.Module, vocab: int, shape: tuple[int, int
 
 
 def edit_config(folder: Path, edit: Mapping[str, Any], remove: Sequence[str]) -> None:
-    config = {**json.loads((folder / "config.json").read_text()), **edit}
-    config = {name: value for name, value in config.items() if name not in remove}
+    """Changes config.json, or its text_config where it has one."""
+    config = json.loads((folder / "config.json").read_text())
+    text = config.get("text_config", config)
+    text.update(edit)
+    for name in remove:
+        text.pop(name, None)
     (folder / "config.json").write_text(json.dumps(config))
 
 
