@@ -5,12 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
 
-from jaxmoe.demo import DEMO_MODEL
+from jaxmoe.demo import find_model
 from jaxmoe.engine.config import EngineConfig
 from jaxmoe.engine.engine import Engine
 from jaxmoe.engine.model import Model
 from jaxmoe.engine.request import SamplingParams
+from jaxmoe.errors import CheckpointError
 from jaxmoe.serving.tokenization import Tokenizer
+
+# Of the engine behind `generate` and `greedy`: a notebook has few requests at once, and a model's own limit may be
+# millions of positions.
+NOTEBOOK_BATCH, NOTEBOOK_CONTEXT = 16, 32768
 
 
 class LoadedModel(Model):
@@ -19,6 +24,8 @@ class LoadedModel(Model):
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """Raises CheckpointError if the checkpoint has no tokenizer.json."""
+        if self.folder is None:
+            raise CheckpointError("a model of random weights has no tokenizer; use token ids")
         return Tokenizer.load(self.folder)
 
     @overload
@@ -39,17 +46,33 @@ class LoadedModel(Model):
         decoded = [self.tokenizer.decode(answer) for answer in answers]
         return decoded[0] if isinstance(prompts, str) else decoded
 
+    def greedy(self, token_ids: Sequence[int], count: int) -> list[int]:
+        """The `count` most likely tokens after these, one after the other; an end of text does not end them."""
+        params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+        outputs = self._engine.generate([[int(token) for token in token_ids]], params)
+        return [token for output in outputs for token in output.token_ids]
+
     @functools.cached_property
     def _engine(self) -> Engine:
-        return Engine(self, EngineConfig(warm_up=False))
+        context = min(self.config.max_position, NOTEBOOK_CONTEXT)
+        return Engine(self, EngineConfig(max_batch=NOTEBOOK_BATCH, max_context=context, warm_up=False))
 
 
 def load(
-    path: str | Path | None = None, mesh: str = "dp=1,ep=1", dtype: str = "float32", **options: Any
+    path: str | Path | None = None,
+    mesh: str = "dp=1,ep=1",
+    dtype: str = "float32",
+    *,
+    random_weights: str | None = None,
+    **options: Any,
 ) -> LoadedModel:
-    """Loads a checkpoint folder (None: the embedded demo model) onto a mesh, computing in `dtype`.
+    """Loads a checkpoint onto a mesh, computing in `dtype`.
 
+    path: a folder, `demo:mixtral`, `demo:deepseek-v3` or `demo:llama4`; None is the first of these.
+    random_weights: instead of a checkpoint a published model with weights drawn at random, scaled down as told:
+        "deepseek-v3:scale=16,num_hidden_layers=6" (`jaxmoe.models.presets.read_preset`).
     options: `execution` and `progress` of `jaxmoe.engine.model.Model`.
     Raises CheckpointError, MeshError or ConfigError, each saying what to do.
     """
-    return LoadedModel(DEMO_MODEL if path is None else path, mesh, dtype, **options)
+    folder = find_model(path) if random_weights is None else None
+    return LoadedModel(folder, mesh, dtype, random_weights=random_weights, **options)

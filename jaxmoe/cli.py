@@ -12,7 +12,11 @@ COMPILE_CACHE = Path.home() / ".cache" / "jaxmoe" / "compiled"
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="PATH", help="checkpoint folder (default: the embedded demo model)")
+    parser.add_argument(
+        "--model",
+        metavar="PATH",
+        help="checkpoint folder, or an embedded model: demo:mixtral (the default), demo:deepseek-v3, demo:llama4",
+    )
     parser.add_argument("--mesh", default="dp=1,ep=1", help="devices by axis: dp=D,ep=E[,tp=T] (default: %(default)s)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="to compute in")
     parser.add_argument(

@@ -16,6 +16,12 @@ from jaxmoe.serving.link import ModelInfo
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m jaxmoe.serve", description=__doc__)
     add_model_arguments(parser)
+    parser.add_argument(
+        "--random-weights",
+        metavar="PRESET",
+        help="serve a published model with weights drawn at random instead, scaled down as told: "
+        "NAME[:scale=N][,key=value...], for example deepseek-v3:scale=16,num_hidden_layers=6",
+    )
     parser.add_argument("--served-model-name", help="the name told to clients (default: the folder's)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=50051, help="0 takes a free one (default: %(default)s)")
@@ -47,7 +53,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--drain-timeout", type=float, default=30.0, help="seconds to finish after SIGTERM (%(default)s)"
     )
     parser.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"))
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.model and args.random_weights:
+        parser.error("--model and --random-weights exclude each other")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,12 +72,12 @@ def main(argv: list[str] | None = None) -> int:
         use_compile_cache(args.compile_cache)
         progress = StartProgress(report)
         report("loading weights")
-        model = load(args.model, args.mesh, args.dtype, progress=progress)
+        model = load(args.model, args.mesh, args.dtype, random_weights=args.random_weights, progress=progress)
         engine = Engine(model, config, progress)
         print(f"{model.describe()}; {engine.describe()}", file=sys.stderr, flush=True)
         info = ModelInfo(
-            model_path=str(model.folder.resolve()),
-            served_model_name=args.served_model_name or model.folder.resolve().name,
+            model_path=str(model.folder.resolve()) if model.folder else "",
+            served_model_name=args.served_model_name or model.name,
             model_type=model.config.model_type,
             architectures=model.config.architectures,
             vocab_size=model.config.vocab_size,

@@ -32,3 +32,6 @@ class Span:
 
     def __str__(self) -> str:
         return "full" if self.kind == "full" else f"{self.kind} of {self.size}"
+
+
+FULL = Span()

@@ -27,6 +27,8 @@ from jaxmoe.models.config import ModelConfig, token_ids
 from jaxmoe.models.decoder import RANK_ROWS, Decoder, Execution, merge
 from jaxmoe.models.kv_cache import PagedContext, make_cache
 from jaxmoe.models.llama4 import text_config
+from jaxmoe.models.presets import read_preset
+from jaxmoe.models.random_weights import random_params
 from jaxmoe.models.registry import family_of
 from jaxmoe.moe.placement import initial_placement
 from jaxmoe.sharding.devices import virtual_devices
@@ -45,6 +47,7 @@ def no_progress(stage: str, done: int, total: int) -> None:
 class Model:
     """Loads `folder` onto the mesh. Raises CheckpointError, MeshError or ConfigError.
 
+    random_weights: in place of a folder, a preset (see `read_preset`) whose weights are drawn at random.
     mesh: a MeshSpec or its text, "dp=2,ep=4". On a CPU the devices it needs are made if JAX has not started yet.
     dtype: what to compute in: float32, bfloat16 or float16.
     progress: called with a stage's name, what is done and what there is in all.
@@ -52,20 +55,24 @@ class Model:
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Path | None,
         mesh: str | MeshSpec = MeshSpec(),  # noqa: B008 - frozen
         dtype: str = "float32",
         execution: Execution = Execution(),  # noqa: B008 - frozen
         progress: Progress = no_progress,
+        random_weights: str | None = None,
     ) -> None:
+        if (folder is None) == (random_weights is None):
+            raise ConfigError("give either the folder of a checkpoint or a preset for random weights")
         if dtype not in DTYPES:
             raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
-        self.folder = Path(folder)
+        self.folder = None if folder is None else Path(folder)
+        self.name = self.folder.resolve().name if self.folder else f"random:{random_weights}"
         self.dtype = jnp.dtype(DTYPES[dtype])
         self.execution = execution
         self.mesh_spec = MeshSpec.parse(mesh) if isinstance(mesh, str) else mesh
-        hf = read_config(self.folder)
-        generation = read_generation_config(self.folder)
+        hf = read_config(self.folder) if self.folder else read_preset(random_weights or "")
+        generation = read_generation_config(self.folder) if self.folder else {}
         family = family_of(hf)
         self.config = family.read_config(hf)
         # generation_config.json, where there is one, has the last word on what ends a generation.
@@ -75,7 +82,11 @@ class Model:
             for name in ("temperature", "top_p", "top_k")
             if isinstance(generation.get(name), int | float) and generation.get("do_sample", True)
         }
-        if self.config.mtp_layers and not has_tensors(self.folder, f"model.layers.{self.config.layers}."):
+        if (
+            self.folder
+            and self.config.mtp_layers
+            and not has_tensors(self.folder, f"model.layers.{self.config.layers}.")
+        ):
             # Some exporters keep the promise of further layers in the config and leave their tensors out.
             self.config = dataclasses.replace(self.config, mtp_layers=0)
         config, spec = self.config, self.mesh_spec
@@ -89,18 +100,23 @@ class Model:
             self.abstract: Decoder = nnx.eval_shape(
                 lambda: family(config, slots, self.dtype, nnx.Rngs(0), vocab_split=config.vocab_size % spec.tp == 0)
             )
-            self.params: dict[str, Any] = load_params(
+        slot_expert = np.asarray(placement.slot_expert)
+        self.params: dict[str, Any] = (
+            load_params(
                 self.folder,
                 self.abstract,
                 family.keys,
                 config,
-                np.asarray(placement.slot_expert),
+                slot_expert,
                 self.mesh,
                 ignored=family.ignored,
                 prefix=family.prefix,
                 block_size=read_quantization(text_config(hf)),
                 progress=functools.partial(progress, "loading weights"),
             )
+            if self.folder
+            else random_params(self.abstract, slot_expert, self.mesh, self.dtype)
+        )
         self.placement = jax.device_put(placement, NamedSharding(self.mesh, P()))
 
     @property
@@ -180,7 +196,7 @@ class Model:
         Raises ConfigError if the checkpoint has no layer for it, InvalidRequestError on a bad id or shape.
         """
         if not self.config.mtp_layers:
-            raise ConfigError(f"{self.folder} has no layers for multi-token prediction")
+            raise ConfigError(f"{self.name} has no layers for multi-token prediction")
         tokens = self._checked(token_ids, 1)
         if len(tokens) < 2:
             raise InvalidRequestError("multi-token prediction needs at least two tokens")

@@ -9,7 +9,7 @@ from typing import Any
 from jaxmoe.errors import CheckpointError
 from jaxmoe.ops.grouped_matmul import ACTIVATIONS
 from jaxmoe.ops.rope import RopeConfig
-from jaxmoe.spans import Span
+from jaxmoe.spans import FULL, Span
 
 # Present in many configs and without effect on what the model computes at inference.
 HARMLESS_KEYS = frozenset(
@@ -30,7 +30,7 @@ class LayerKind:
 
     moe: bool = True
     rope: bool = True
-    span: Span = Span()
+    span: Span = FULL
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,7 @@ from jaxmoe.moe.routing import Routing
 from jaxmoe.ops.norms import rms_norm
 from jaxmoe.sharding.rules import RULES, partition
 
+EVERYWHERE = P()
 DecoderT = TypeVar("DecoderT", bound="Decoder")
 
 
@@ -83,7 +84,9 @@ class Decoder(nnx.Module):
         width = config.width
         layers, mixtures, dense, mtp = (len(config.stacks[name]) for name in ("all", "moe", "dense", "mtp"))
 
-        def normal(shape: tuple[int, ...], scale: float, spec: P = P(), of: jnp.dtype | None = None) -> nnx.Param:
+        def normal(
+            shape: tuple[int, ...], scale: float, spec: P = EVERYWHERE, of: jnp.dtype | None = None
+        ) -> nnx.Param:
             return nnx.Param(jax.random.normal(rngs.params(), shape, of or dtype) * scale, out_sharding=spec)
 
         def ones(*shape: int) -> nnx.Param:

@@ -1,4 +1,4 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, sec. 2.1): one latent vector a token is all that is cached.
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, sec. 2.1): all that is cached is a latent vector a token.
 
 A head's key and value are linear in the latent, so both can be moved to the other side (sec. 2.1.2): the query is taken
 into the space of the latent and meets what is cached as it is, and the value is made from the mixed latents. A decode

@@ -12,7 +12,7 @@ from jaxmoe.models.config import Fields, LayerKind, ModelConfig, TemperatureTuni
 from jaxmoe.models.decoder import Decoder
 from jaxmoe.models.keys import Key
 from jaxmoe.moe.routing import Routing, top_k_sigmoid
-from jaxmoe.spans import Span
+from jaxmoe.spans import FULL, Span
 
 _LAYER = "model.layers.{layer}."
 _ATTENTION = _LAYER + "self_attn."
@@ -154,7 +154,7 @@ def _kinds(fields: Fields, where: str, layers: int) -> tuple[LayerKind, ...]:
         LayerKind(
             moe=layer in mixtures,
             rope=bool(ropes[layer]),
-            span=Span("chunk", chunk) if types[layer] == "chunked_attention" else Span(),
+            span=Span("chunk", chunk) if types[layer] == "chunked_attention" else FULL,
         )
         for layer in range(layers)
     )

@@ -9,7 +9,7 @@ from jaxmoe.models.config import Fields, LayerKind, ModelConfig, rope_from, spec
 from jaxmoe.models.decoder import Decoder
 from jaxmoe.models.keys import Key
 from jaxmoe.moe.routing import Routing, softmax_top_k
-from jaxmoe.spans import Span
+from jaxmoe.spans import FULL, Span
 
 _LAYER = "model.layers.{layer}."
 _MIXTURE = _LAYER + "block_sparse_moe."
@@ -54,7 +54,7 @@ class Mixtral(Decoder):
         max_position = fields("max_position_embeddings", int, 131072)
         head_dim = fields("head_dim", int, width // max(heads, 1))
         window = fields("sliding_window", int, None)
-        span = Span() if window is None else Span("window", window)
+        span = FULL if window is None else Span("window", window)
         config = ModelConfig(
             model_type="mixtral",
             architectures=tuple(hf.get("architectures") or ("MixtralForCausalLM",)),

@@ -4,9 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmoe.spans import Span
-
-FULL = Span()
+from jaxmoe.spans import FULL, Span
 
 
 def causal_mask(
