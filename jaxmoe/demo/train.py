@@ -144,8 +144,8 @@ class Phase:
 class Recipe:
     """What the shipped weights were trained with; tokens a step are the same in every phase.
 
-    router_aux: weight of the loss that balances experts. bias_step: instead of that loss, where routers have a bias, how
-    far it moves a step against an expert's excess load (DeepSeek-V3, arXiv:2412.19437, sec. 2.1.2).
+    router_aux: weight of the loss that balances experts. bias_step: where routers have a bias, how far it moves a step
+    against an expert's excess load, instead of that loss (DeepSeek-V3, arXiv:2412.19437, sec. 2.1.2).
     mtp_weight: of the loss of predicting a token more.
     """
 

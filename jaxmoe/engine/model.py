@@ -111,7 +111,7 @@ class Model:
                 self.mesh,
                 ignored=family.ignored,
                 prefix=family.prefix,
-                block_size=read_quantization(text_config(hf)),
+                block_size=read_quantization(hf if "quantization_config" in hf else text_config(hf)),
                 progress=functools.partial(progress, "loading weights"),
             )
             if self.folder

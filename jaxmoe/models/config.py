@@ -11,14 +11,16 @@ from jaxmoe.ops.grouped_matmul import ACTIVATIONS
 from jaxmoe.ops.rope import RopeConfig
 from jaxmoe.spans import FULL, Span
 
-# Present in many configs and without effect on what the model computes at inference.
+# Present in many configs and without effect on what the model computes at inference; how weights are quantised is the
+# loader's business, which refuses what it cannot read.
 HARMLESS_KEYS = frozenset(
     {
         "_name_or_path", "architectures", "attention_dropout", "auto_map", "bos_token_id", "cache_implementation",
         "chunk_size_feed_forward", "dtype", "eos_token_id", "ep_size", "id2label", "initializer_range",
         "is_encoder_decoder", "label2id", "model_type", "output_attentions", "output_hidden_states",
-        "output_router_logits", "pad_token_id", "pretraining_tp", "problem_type", "return_dict", "router_aux_loss_coef",
-        "router_jitter_noise", "torch_dtype", "transformers_version", "use_cache",
+        "output_router_logits", "pad_token_id", "pretraining_tp", "problem_type", "quantization_config", "return_dict",
+        "router_aux_loss_coef", "router_jitter_noise", "tie_encoder_decoder", "torch_dtype", "torchscript",
+        "transformers_version", "use_bfloat16", "use_cache", "_attn_implementation_autoset",
     }
 )  # fmt: skip
 ROPE_KEYS = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})

@@ -86,9 +86,7 @@ class DeepseekV3(Decoder):
         fields.must_be("topk_method", "noaux_tc")
         fields.must_be("moe_layer_freq", 1)
         # Follow from other keys, or concern training alone.
-        fields.ignore(
-            "head_dim", "qk_head_dim", "aux_loss_alpha", "seq_aux", "quantization_config", "num_local_experts"
-        )
+        fields.ignore("head_dim", "qk_head_dim", "aux_loss_alpha", "seq_aux", "num_local_experts")
         heads = fields("num_attention_heads", int)
         kv_heads = fields("num_key_value_heads", int, heads)
         if kv_heads != heads:
@@ -120,7 +118,7 @@ class DeepseekV3(Decoder):
         expert_width = fields("moe_intermediate_size", int, 2048)
         rope = rope_from(fields, 1e4, max_position)
         sharpened = yarn_mscale(rope.factor, rope.mscale_all_dim) if rope.mscale_all_dim else 1.0
-        mtp_layers = fields("num_nextn_predict_layers", int, 0)
+        mtp_layers = fields("num_nextn_predict_layers", int, 0 if "num_nextn_predict_layers" in hf else 1)
         if mtp_layers not in (0, 1):
             raise CheckpointError(
                 f"config.json: num_nextn_predict_layers={mtp_layers} is not supported; only 0 or 1 is"

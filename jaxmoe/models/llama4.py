@@ -59,7 +59,7 @@ class Llama4(Decoder):
         if text is not hf:
             where = "config.json: text_config"
         fields = Fields(text, where)
-        fields.ignore("for_llm_compressor", "quantization_config")
+        fields.ignore("for_llm_compressor")
         layers, heads = fields("num_hidden_layers", int, 48), fields("num_attention_heads", int, 40)
         max_position = fields("max_position_embeddings", int, 131072)
         width = fields("hidden_size", int)

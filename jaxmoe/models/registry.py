@@ -29,7 +29,8 @@ def family_of(hf: Mapping[str, Any]) -> type[Decoder]:
     if kind in REFUSED:
         raise CheckpointError(f"config.json: model_type={kind!r}: {REFUSED[kind]}; served are {', '.join(FAMILIES)}")
     if kind not in FAMILIES:
+        remote = f"; auto_map={hf['auto_map']!r} names code of its own, which is never run" if "auto_map" in hf else ""
         raise CheckpointError(
-            f"config.json: model_type={kind!r} is not one this version serves ({', '.join(FAMILIES)})"
+            f"config.json: model_type={kind!r} is not one this version serves ({', '.join(FAMILIES)}){remote}"
         )
     return FAMILIES[kind]
