@@ -1,12 +1,6 @@
 """Eight virtual devices, checked shapes, compiled programs kept between runs, and checkpoints with known logits."""
 
-import dataclasses
-import json
-import math
 import os
-import zlib
-from pathlib import Path
-from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # XLA:CPU runs out of threads, and hangs, with several launches with collectives in flight on more devices than cores.
@@ -15,7 +9,6 @@ os.environ["NPROC"] = "16"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_parallel_codegen_split_count=1"
 
 import jax
-import numpy as np
 import pytest
 from jaxtyping import install_import_hook
 
@@ -31,20 +24,6 @@ install_import_hook(
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
 
-BASE = {
-    "vocab_size": 128,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-
 
 def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("compiled")))
@@ -52,74 +31,52 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Reference:
-    """A checkpoint on disk and what transformers makes of it: eager attention and experts, float32."""
-
-    folder: Path
-    model: Any
-    tokens: np.ndarray  # [B, T]
-    logits: np.ndarray  # [B, T, V]
-
-    def logits_of(self, tokens: np.ndarray) -> np.ndarray:
-        import torch
-
-        with torch.no_grad():
-            return self.model(torch.tensor(np.asarray(tokens)), use_cache=False).logits.numpy()
-
-    def greedy(self, prompt: list[int], count: int) -> list[int]:
-        """The `count` most likely tokens after the prompt, each computed anew from all before it."""
-        tokens = list(prompt)
-        for _ in range(count):
-            tokens.append(int(self.logits_of(np.array([tokens]))[0, -1].argmax()))
-        return tokens[len(prompt) :]
-
-
-def randomise(model: Any) -> None:
-    """Weights large enough that routing and attention are not flat; each tensor seeded by its name."""
-    import torch
-
-    for name, parameter in model.named_parameters():
-        values = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
-        if parameter.ndim == 1:
-            values = 1 + 0.2 * values
-        elif "embed_tokens" not in name:
-            values *= 1.4 / math.sqrt(parameter.shape[-1])
-        parameter.data.copy_(values)
-
-
 @pytest.fixture(scope="session")
 def reference_checkpoint(tmp_path_factory):
-    """A factory of tiny random Mixtrals: `reference_checkpoint(num_key_value_heads=1, edit={"head_dim": None})`.
+    """A factory of tiny random checkpoints: `reference_checkpoint("llama4", head_dim=4, edit={"moe_layers": []})`.
 
-    edit, remove: changes to the saved config.json, and keys taken out of it, before either side reads it.
-    shard, dtype: `max_shard_size` and element type of its files. The same call gives the same checkpoint.
+    family: "mixtral", "deepseek_v3" or "llama4"; further keywords change the tiny config of that family.
+    edit, remove: changes to the saved config.json (to its text_config, where it has one), and keys taken out of it,
+        before either side reads it.
+    unread: changes to it that transformers does not get to see, since it would refuse what others take.
+    add: shapes by name of tensors that the files hold besides.
+    shard, dtype: `max_shard_size` and element type of its files.
+    fused: experts of a layer in one tensor. multimodal: Llama 4's text inside its wrapper, beside a vision tower.
+    fp8: linear weights as DeepSeek-V3 publishes them, a scale for every block of this shape.
+    correction: what is added to all biases by which DeepSeek-V3 chooses experts.
+    The same call gives the same checkpoint.
     """
     import torch
-    from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+    from references import Reference, write_reference
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     torch.set_num_threads(1)
     made: dict[str, Reference] = {}
 
-    def make(*, edit=None, remove=(), shard="1GB", dtype="float32", **overrides):
-        key = repr((edit, remove, shard, dtype, sorted(overrides.items())))
-        if key in made:
-            return made[key]
-        folder = tmp_path_factory.mktemp("mixtral")
-        model = MixtralForCausalLM(MixtralConfig(**{**BASE, **overrides})).eval()
-        randomise(model)
-        model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard)
-        config = {**json.loads((folder / "config.json").read_text()), **(edit or {})}
-        config = {name: value for name, value in config.items() if name not in remove}
-        (folder / "config.json").write_text(json.dumps(config))
-        loaded = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
-        ).eval()
-        tokens = np.random.default_rng(0).integers(0, loaded.config.vocab_size, (2, 24))
-        reference = Reference(folder, loaded, tokens, np.empty(0))
-        made[key] = dataclasses.replace(reference, logits=reference.logits_of(tokens))
+    def make(
+        family="mixtral",
+        *,
+        edit=None,
+        remove=(),
+        unread=None,
+        add=None,
+        shard="1GB",
+        dtype="float32",
+        fused=False,
+        multimodal=False,
+        fp8=None,
+        correction=0.0,
+        **overrides,
+    ):
+        options = {
+            "edit": edit or {}, "remove": remove, "unread": unread or {}, "add": add or {}, "shard": shard,
+            "dtype": dtype, "fused": fused, "multimodal": multimodal, "fp8": fp8, "correction": correction,
+            "overrides": overrides,
+        }  # fmt: skip
+        key = repr((family, options))
+        if key not in made:
+            made[key] = write_reference(tmp_path_factory.mktemp(family), family, **options)
         return made[key]
 
     return make

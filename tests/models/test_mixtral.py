@@ -1,17 +1,14 @@
 import json
 
 import numpy as np
+import parity
 import pytest
-import scipy.special
 
-from jaxmoe.engine.config import EngineConfig
-from jaxmoe.engine.engine import Engine
+import jaxmoe
 from jaxmoe.engine.model import Model
-from jaxmoe.engine.request import SamplingParams
 from jaxmoe.models.decoder import Execution
 from jaxmoe.models.mixtral import Mixtral
 
-TOLERANCE = 5e-4
 HUB = {"remove": ("rope_parameters", "dtype")}
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "original_max_position_embeddings": 32}
@@ -62,14 +59,14 @@ CONFIGS = {
         **HUB, "head_dim": 8,
         "edit": {"rope_theta": 100.0, "rope_scaling": {key: YARN[key] for key in YARN if key != "rope_theta"}},
     },
+    "fused experts": {"fused": True},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_equal_transformers_for_every_config(reference_checkpoint, name):
     reference = reference_checkpoint(**CONFIGS[name])
-    logits = Model(reference.folder).logits(reference.tokens)
-    np.testing.assert_allclose(logits, reference.logits, atol=TOLERANCE, rtol=0)
+    parity.assert_same_logits(Model(reference.folder).logits(reference.tokens), reference.logits)
 
 
 def test_null_key_value_heads_are_as_many_as_query_heads(reference_checkpoint):
@@ -83,25 +80,21 @@ def test_logits_equal_transformers_from_many_files(reference_checkpoint):
     assert (
         len(set(json.loads((reference.folder / "model.safetensors.index.json").read_text())["weight_map"].values())) > 2
     )
-    np.testing.assert_allclose(
-        Model(reference.folder).logits(reference.tokens), reference.logits, atol=TOLERANCE, rtol=0
-    )
+    parity.assert_same_logits(Model(reference.folder).logits(reference.tokens), reference.logits)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_logits_equal_transformers_from_files_of_half_precision(reference_checkpoint, dtype):
     reference = reference_checkpoint(dtype=dtype)
-    np.testing.assert_allclose(
-        Model(reference.folder).logits(reference.tokens), reference.logits, atol=TOLERANCE, rtol=0
-    )
+    parity.assert_same_logits(Model(reference.folder).logits(reference.tokens), reference.logits)
 
 
-@pytest.mark.parametrize("mesh", ["dp=2,ep=4", "ep=2,tp=2"])
+@pytest.mark.parametrize("mesh", ["dp=2,ep=4", "ep=8", "ep=2,tp=2"])
 def test_logits_equal_transformers_on_every_mesh(reference_checkpoint, mesh):
-    reference = reference_checkpoint()
-    np.testing.assert_allclose(
-        Model(reference.folder, mesh).logits(reference.tokens), reference.logits, atol=TOLERANCE, rtol=0
-    )
+    reference = reference_checkpoint(sliding_window=5)
+    model = Model(reference.folder, mesh)
+    parity.assert_same_logits(model.logits(reference.tokens), reference.logits)
+    parity.assert_same_logits_decoded(model, reference, prefill=6)
 
 
 def test_layers_written_out_equal_layers_scanned(reference_checkpoint):
@@ -126,19 +119,29 @@ CACHED = {
 
 
 @pytest.mark.parametrize("name", CACHED)
+def test_logits_through_the_cache_equal_transformers_without_one(reference_checkpoint, name):
+    reference = reference_checkpoint(**CACHED[name])
+    parity.assert_same_logits_decoded(Model(reference.folder), reference, prefill=3)
+
+
+# A window of five: within it, just full, sliding, and nothing left to decode.
+@pytest.mark.parametrize("prefill", [1, 5, 7, 24])
+def test_logits_through_the_cache_equal_transformers_after_every_prefill(reference_checkpoint, prefill):
+    reference = reference_checkpoint(**CACHED["one wide key-value head, sliding window, yarn, tied"])
+    parity.assert_same_logits_decoded(Model(reference.folder), reference, prefill, page_size=4)
+
+
+@pytest.mark.parametrize("name", CACHED)
 def test_chunked_prefill_and_decode_equal_transformers_without_a_cache(reference_checkpoint, name):
     reference = reference_checkpoint(**CACHED[name])
-    # Pages, chunks and the window all end in the midst of one another.
-    limits = EngineConfig(page_size=4, max_batch=1, max_context=32, max_prefill_tokens=7, max_prefill_sequences=1)
-    engine = Engine(Model(reference.folder), limits)
-    prompts = [reference.tokens[0, :17].tolist(), reference.tokens[1, :3].tolist()]
-    tokens = [[], []]
-    logprobs = [[], []]
-    for output in engine.generate(prompts, SamplingParams(temperature=0, max_tokens=10)):
-        tokens[int(output.request_id)] += output.token_ids
-        logprobs[int(output.request_id)] += output.logprobs
-    for prompt, continuation, reported in zip(prompts, tokens, logprobs, strict=True):
-        assert continuation == reference.greedy(prompt, 10)
-        uncached = scipy.special.log_softmax(reference.logits_of([prompt + continuation])[0, len(prompt) - 1 : -1], -1)
-        expected = uncached[np.arange(10), continuation]
-        np.testing.assert_allclose(reported, expected, atol=TOLERANCE, rtol=0)
+    parity.assert_same_tokens_served(Model(reference.folder), reference)
+
+
+def test_greedy_equals_transformers(reference_checkpoint):
+    reference = reference_checkpoint(**CACHED["one wide key-value head, sliding window, yarn, tied"])
+    prompt = reference.tokens[0, :5]
+    assert list(jaxmoe.load(reference.folder).greedy(prompt, 12)) == reference.greedy(prompt.tolist(), 12)
+
+
+def test_bfloat16_diverges_by_no_more_than_its_noise(reference_checkpoint):
+    assert parity.divergence_in_bfloat16(reference_checkpoint()) < 0.08
