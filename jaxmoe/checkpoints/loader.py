@@ -59,8 +59,7 @@ def read_quantization(hf: Mapping[str, Any]) -> Block | None:
             f"{where}: quant_method={method!r} is not supported; only 'fp8' with a weight_block_size is. "
             "Use the bf16 checkpoint"
         )
-    is_block = isinstance(block, list) and len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block)
-    if not is_block:
+    if not (isinstance(block, list) and len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block)):
         raise CheckpointError(f"{where}: weight_block_size={block!r} is not supported; it must be two whole numbers")
     for key, known in (("fmt", "e4m3"), ("activation_scheme", "dynamic"), ("scale_fmt", "ue8m0")):
         if quantised.get(key) not in (None, known):
