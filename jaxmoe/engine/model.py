@@ -23,6 +23,7 @@ from jaxmoe.checkpoints.loader import (
     read_quantization,
 )
 from jaxmoe.checkpoints.native import is_native, load_native
+from jaxmoe.engine.pages import pages_reached
 from jaxmoe.errors import ConfigError, InvalidRequestError
 from jaxmoe.models.config import ModelConfig, token_ids
 from jaxmoe.models.decoder import RANK_ROWS, Decoder, Execution, merge
@@ -35,7 +36,6 @@ from jaxmoe.moe.placement import initial_placement
 from jaxmoe.sharding.devices import virtual_devices
 from jaxmoe.sharding.mesh import RANKS, MeshSpec, make_mesh, slots_for
 from jaxmoe.sharding.rules import check_divisible
-from jaxmoe.spans import Span
 
 Progress = Callable[[str, int, int], None]
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -259,12 +259,6 @@ class Model:
             return model.logits(hidden).astype(jnp.float32)
 
         return jax.jit(forward)
-
-
-def pages_reached(span: Span, tokens: int, page_size: int, total: int) -> int:
-    """The most pages that `tokens` consecutive queries of one sequence look into, of `total` that it has."""
-    reach = span.reach(tokens)
-    return total if reach is None else min(total, -(-(reach + page_size - 1) // page_size))
 
 
 def _split_sizes(config: ModelConfig) -> dict[str, int]:
