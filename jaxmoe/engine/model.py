@@ -15,18 +15,13 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.axes import Logits
-from jaxmoe.checkpoints.loader import (
-    has_tensors,
-    load_params,
-    read_config,
-    read_generation_config,
-    read_quantization,
-)
+from jaxmoe.checkpoints.folders import check_finished
+from jaxmoe.checkpoints.formats import has_mtp, read_params
+from jaxmoe.checkpoints.loader import read_config, read_generation_config
 from jaxmoe.errors import ConfigError, InvalidRequestError
 from jaxmoe.models.config import ModelConfig, token_ids
 from jaxmoe.models.decoder import RANK_ROWS, Decoder, Execution, merge
 from jaxmoe.models.kv_cache import PagedContext, make_cache
-from jaxmoe.models.llama4 import text_config
 from jaxmoe.models.presets import read_preset
 from jaxmoe.models.random_weights import random_params
 from jaxmoe.models.registry import family_of
@@ -71,6 +66,8 @@ class Model:
         self.dtype = jnp.dtype(DTYPES[dtype])
         self.execution = execution
         self.mesh_spec = MeshSpec.parse(mesh) if isinstance(mesh, str) else mesh
+        if self.folder:
+            check_finished(self.folder)
         hf = read_config(self.folder) if self.folder else read_preset(random_weights or "")
         generation = read_generation_config(self.folder) if self.folder else {}
         family = family_of(hf)
@@ -82,11 +79,7 @@ class Model:
             for name in ("temperature", "top_p", "top_k")
             if isinstance(generation.get(name), int | float) and generation.get("do_sample", True)
         }
-        if (
-            self.folder
-            and self.config.mtp_layers
-            and not has_tensors(self.folder, f"model.layers.{self.config.layers}.")
-        ):
+        if self.folder and self.config.mtp_layers and not has_mtp(self.folder, self.config):
             # Some exporters keep the promise of further layers in the config and leave their tensors out.
             self.config = dataclasses.replace(self.config, mtp_layers=0)
         config, spec = self.config, self.mesh_spec
@@ -101,19 +94,9 @@ class Model:
                 lambda: family(config, slots, self.dtype, nnx.Rngs(0), vocab_split=config.vocab_size % spec.tp == 0)
             )
         slot_expert = np.asarray(placement.slot_expert)
+        report = functools.partial(progress, "loading weights")
         self.params: dict[str, Any] = (
-            load_params(
-                self.folder,
-                self.abstract,
-                family.keys,
-                config,
-                slot_expert,
-                self.mesh,
-                ignored=family.ignored,
-                prefix=family.prefix,
-                block_size=read_quantization(hf if "quantization_config" in hf else text_config(hf)),
-                progress=functools.partial(progress, "loading weights"),
-            )
+            read_params(self.folder, hf, self.abstract, config, slot_expert, self.mesh, report)
             if self.folder
             else random_params(self.abstract, slot_expert, self.mesh, self.dtype)
         )
