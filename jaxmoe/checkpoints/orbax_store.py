@@ -2,7 +2,7 @@
 
 A folder holds `params/` (Orbax), `jaxmoe.json` (the manifest, written last) and the config and tokenizer files of the
 checkpoint it was made of. Parameters lie stacked by layer as in memory, experts in their logical order whatever slots
-they had. `orbax.checkpoint.v1.load(folder / "params")` reads them too.
+they had. `orbax.checkpoint.v1.load(folder / "params", abstract)` reads them too.
 """
 
 import dataclasses
@@ -210,7 +210,7 @@ def _saving(keys: Keys, shard_bytes: int) -> ocp.Context:
 
 def _in_logical_order(key: Key, leaf: Any, slot_expert: np.ndarray, experts: int) -> Any:
     """The leaf, of an expert's slots the first."""
-    if not key.per_expert or (slot_expert == np.arange(experts)).all():
+    if not key.per_expert or np.array_equal(slot_expert, np.tile(np.arange(experts), (len(slot_expert), 1))):
         return leaf
     host = np.asarray(leaf)
     slots = np.argmax(slot_expert[:, None, :] == np.arange(experts)[:, None], axis=-1)
