@@ -6,9 +6,9 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from jaxmoe.cli import StartProgress
+from jaxmoe.demo import find_model
 from jaxmoe.errors import CheckpointError, ConfigError, JaxmoeError
 
 EXAMPLES = """\
@@ -46,7 +46,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="devices that hold the weights on the way, dp=D,ep=E[,tp=T]; does not show in DST (default: %(default)s)",
     )
     parser.add_argument(
-        "--max-shard-size", type=float, default=5.0, metavar="GB", help="with --to hf, of a file (default: %(default)s)"
+        "--max-file-size", type=float, default=5.0, metavar="GB", help="with --to hf, of a file (default: %(default)s)"
     )
     parser.add_argument(
         "--force", action="store_true", help="replace DST if it is a checkpoint, once the new one is whole"
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, 2 after an error that the user can mend, 130 if interrupted."""
     options = parse(argv)
     try:
-        print(convert(options))
+        print(convert(options), file=sys.stderr)
     except JaxmoeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -69,53 +69,71 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def convert(options: argparse.Namespace) -> str:
-    """Does what the options say and returns what there is to say about it. Raises JaxmoeError."""
+    """Does what the options say and returns what was done, in words. Raises JaxmoeError."""
     # Only now is jax loaded.
+    import jax
     import numpy as np
 
     from jaxmoe.checkpoints.folders import copy_companions, new_folder, write_config
-    from jaxmoe.checkpoints.formats import stored_dtype
     from jaxmoe.checkpoints.loader import read_config
-    from jaxmoe.checkpoints.orbax_store import save_native
+    from jaxmoe.checkpoints.native import save_native
     from jaxmoe.checkpoints.writer import save_hf
-    from jaxmoe.demo import find_model
     from jaxmoe.engine.model import Model
 
     source, target = find_model(options.source), options.target
-    if not options.max_shard_size > 0:
-        raise ConfigError(f"--max-shard-size {options.max_shard_size} must be more than 0")
+    if not options.max_file_size > 0:
+        raise ConfigError(f"--max-file-size {options.max_file_size} must be more than 0")
     if target.resolve() in (source.resolve(), *source.resolve().parents):
         raise ConfigError(f"{target} is or holds {source}; choose another folder")
-    began = time.monotonic()
-    progress = StartProgress()
+    began, progress = time.monotonic(), StartProgress()
     with new_folder(target, options.force) as folder:
-        dtype = options.dtype or stored_dtype(source)
+        dtype = options.dtype or _stored_dtype(source)
         model = Model(source, options.mesh, dtype, progress=progress)
         loaded = time.monotonic()
-        _check_space(folder, model.params)
-        write_config(folder, read_config(source), dtype)
+        _check_space(folder, sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)))
+        write_config(folder, read_config(source), dtype, model.config.mtp_layers)
         copy_companions(source, folder)
-        write = functools.partial(progress, "writing weights")
-        weights = (folder, model.abstract.keys, model.config, model.params)
-        slots = np.asarray(model.placement.slot_expert)
+        family, report = type(model.abstract), functools.partial(progress, "writing weights")
+        weights, slots = (folder, family.keys, model.config, model.params), np.asarray(model.placement.slot_expert)
         if options.to == "hf":
-            limit = int(options.max_shard_size * 1e9)
-            written = save_hf(*weights, slot_expert=slots, max_shard=limit, progress=write)
+            written = save_hf(
+                *weights,
+                jax.numpy.dtype(dtype),
+                wide=family.wide(),
+                slot_expert=slots,
+                max_file_bytes=int(options.max_file_size * 1e9),
+                progress=report,
+            )
         else:
-            written = save_native(*weights, slots, dtype, write)
+            written = save_native(*weights, slots, dtype, report)
     seconds, megabytes = time.monotonic() - began, written / 1e6
     return (
-        f"{target}: {megabytes:,.1f} MB of weights in {dtype}, {seconds:.1f} s, {megabytes / seconds:,.0f} MB/s "
-        f"(read in {loaded - began:.1f} s)\n"
-        f"serve it: python -m jaxmoe.serve --model {target} --dtype {dtype}"
+        f"{target}: {megabytes:,.1f} MB of {dtype} weights in {seconds:.1f} s, {megabytes / seconds:,.0f} MB/s "
+        f"(reading them took {loaded - began:.1f} s)\n"
+        f"serve them: python -m jaxmoe.serve --model {target} --dtype {dtype}"
     )
 
 
-def _check_space(folder: Path, params: Any) -> None:
-    """Raises CheckpointError; experts of several slots count as often, though they are written once."""
-    import jax
+def _stored_dtype(source: Path) -> str:
+    """What loses nothing of the weights: float32, bfloat16 or float16. Raises CheckpointError.
 
-    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    Of Hugging Face's format that of the embedding, which nobody quantises or keeps wider than the rest.
+    """
+    from jaxmoe.checkpoints.loader import read_config
+    from jaxmoe.checkpoints.native import is_native, read_manifest
+    from jaxmoe.checkpoints.safetensors import DTYPES, SafetensorsCheckpoint
+    from jaxmoe.models.registry import family_of
+
+    if is_native(source):
+        return str(read_manifest(source)["dtype"])
+    family = family_of(read_config(source))
+    tensors, name = SafetensorsCheckpoint(source).tensors, family.keys["embed"].tensors[0]
+    found = tensors.get(name) or tensors.get(family.prefix + name)
+    stored = DTYPES.get(found.dtype) if found else None
+    return stored.name if stored is not None and stored.name in ("bfloat16", "float16") else "float32"
+
+
+def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise CheckpointError(

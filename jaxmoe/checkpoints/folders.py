@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxmoe.errors import CheckpointError
 from jaxmoe.models.llama4 import text_config
+from jaxmoe.models.registry import family_of
 
 UNFINISHED, REPLACED = ".jaxmoe-unfinished", ".jaxmoe-replaced"
 # Beside weights and config.json: how text becomes tokens, what to sample with, on what terms the model is given away.
@@ -116,10 +117,10 @@ def copy_companions(source: Path, target: Path) -> None:
                 shutil.copyfile(file, target / file.name)
 
 
-def write_config(target: Path, hf: Mapping[str, Any], dtype: str) -> None:
+def write_config(target: Path, hf: Mapping[str, Any], dtype: str, mtp_layers: int) -> None:
     """`config.json` of weights that were read under the config `hf` and are written in `dtype`, unquantised.
 
-    Of a multimodal Llama 4 the text model, as a checkpoint of its own.
+    Of a multimodal Llama 4 the text model, as a checkpoint of its own. mtp_layers: how many there really were.
     """
     config = dict(text_config(hf))
     if "text_config" in hf:
@@ -128,6 +129,9 @@ def write_config(target: Path, hf: Mapping[str, Any], dtype: str) -> None:
         if not any(key in config for key in ("eos_token_id", "bos_token_id")):
             config |= {key: hf[key] for key in ("eos_token_id", "bos_token_id", "pad_token_id") if key in hf}
     config.pop("quantization_config", None)
+    if family_of(config).read_config(config).mtp_layers != mtp_layers:
+        # Some exporters keep the promise of further layers and leave their tensors out.
+        config["num_nextn_predict_layers"] = mtp_layers
     # transformers 4 wrote torch_dtype, 5 writes dtype, and both are read by either.
     spelled = [key for key in ("torch_dtype", "dtype") if key in config] or ["torch_dtype"]
     config |= dict.fromkeys(spelled, dtype)

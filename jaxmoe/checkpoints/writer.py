@@ -7,11 +7,12 @@ import dataclasses
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.checkpoints.loader import Progress
@@ -21,7 +22,7 @@ from jaxmoe.models.keys import Key, Keys
 from jaxmoe.models.parameters import flat
 
 DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-MAX_SHARD = 5_000_000_000  # bytes of a file, as transformers has it
+MAX_FILE_BYTES = 5_000_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Tensor:
     """One tensor to be written, of a parameter that may still lie on devices.
 
     row: among the layers of the key's stack. slots: of its experts, one or all. part: of two that lie side by side.
+    shape, dtype: on disk.
     """
 
     name: str
@@ -38,10 +40,11 @@ class Tensor:
     slots: tuple[int, ...]
     part: int
     shape: tuple[int, ...]
+    dtype: np.dtype[Any]
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.leaf.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> np.ndarray:
         """As it lies on disk. No more of the parameter than this comes to the host."""
@@ -53,7 +56,7 @@ class Tensor:
             memory = read_slice(self.leaf, (self.row, *self.slots) if self.key.per_layer else ())
         if len(self.key.tensors) > 1:
             memory = np.take(memory, self.part, axis=self.key.part_axis)
-        return self.key.to_stored(memory)
+        return self.key.to_stored(memory.astype(self.dtype, copy=False))
 
 
 def save_hf(
@@ -61,19 +64,22 @@ def save_hf(
     keys: Keys,
     config: ModelConfig,
     params: Mapping[str, Any],
+    dtype: jnp.dtype,
     *,
+    wide: Collection[str] = (),
     slot_expert: np.ndarray | None = None,
-    max_shard: int = MAX_SHARD,
+    max_file_bytes: int = MAX_FILE_BYTES,
     progress: Progress = lambda done, total: None,
 ) -> int:
-    """Writes the weights into an existing folder, every parameter in its own dtype; returns their bytes.
+    """Writes the weights into an existing folder; returns their bytes. The host holds one tensor at a time.
 
+    wide: parameters that are float32 whatever the others are (`Decoder.wide`).
     slot_expert [mixtures, S]: the expert of every slot of `params`; None where slots are the experts in order.
-    max_shard: bytes of a file. Weights that fit into one are `model.safetensors`, else files are numbered and an index
+    max_file_bytes: weights that fit into one file are `model.safetensors`, else files are numbered and an index that is
         written last names them.
     progress: called with bytes written and bytes in all.
     """
-    files = _split(list(stored_tensors(keys, config, params, slot_expert)), max_shard)
+    files = _split(list(stored_tensors(keys, config, params, dtype, wide, slot_expert)), max_file_bytes)
     total = sum(tensor.nbytes for tensors in files for tensor in tensors)
     done = 0
     weight_map: dict[str, str] = {}
@@ -96,12 +102,18 @@ def save_hf(
 
 
 def stored_tensors(
-    keys: Keys, config: ModelConfig, params: Mapping[str, Any], slot_expert: np.ndarray | None = None
+    keys: Keys,
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    dtype: jnp.dtype,
+    wide: Collection[str] = (),
+    slot_expert: np.ndarray | None = None,
 ) -> Iterator[Tensor]:
     """Every tensor by its first name, layer after layer."""
     found: list[tuple[int, Tensor]] = []
     for path, leaf in flat(params):
         key = keys[path]
+        stored = np.dtype(np.float32 if path in wide else dtype)
         shape = key.stored_shape(key.sizes(leaf.shape[key.stacked :], config.experts))
         for row, layer in enumerate(config.stacks[key.stack] if key.per_layer else (-1,)):
             slots = _first_slots(config.experts, slot_expert, row) if key.per_expert else []
@@ -110,7 +122,7 @@ def stored_tensors(
                 held = (slots[expert],) if apart else tuple(slots)
                 for part, name in enumerate(key.tensors):
                     named = name.format(layer=layer, expert=expert)
-                    found.append((layer, Tensor(named, key, leaf, row, held, part, shape)))
+                    found.append((layer, Tensor(named, key, leaf, row, held, part, shape, stored)))
     # What belongs to no layer comes first.
     return (tensor for _, tensor in sorted(found, key=lambda entry: entry[0]))
 
@@ -145,12 +157,12 @@ def _first_slots(experts: int, slot_expert: np.ndarray | None, row: int) -> list
     return [int(np.argmax(slot_expert[row] == expert)) for expert in range(experts)]
 
 
-def _split(tensors: list[Tensor], max_shard: int) -> list[list[Tensor]]:
+def _split(tensors: list[Tensor], max_file_bytes: int) -> list[list[Tensor]]:
     """In order, each file as full as it gets; one that is larger than a file has a file of its own."""
     files: list[list[Tensor]] = [[]]
     size = 0
     for tensor in tensors:
-        if files[-1] and size + tensor.nbytes > max_shard:
+        if files[-1] and size + tensor.nbytes > max_file_bytes:
             files.append([])
             size = 0
         files[-1].append(tensor)
@@ -164,7 +176,7 @@ def _header(tensors: list[Tensor]) -> bytes:
     offset = 0
     for tensor in tensors:
         header[tensor.name] = {
-            "dtype": DTYPE_NAMES[np.dtype(tensor.leaf.dtype).name],
+            "dtype": DTYPE_NAMES[tensor.dtype.name],
             "shape": list(tensor.shape),
             "data_offsets": [offset, offset + tensor.nbytes],
         }

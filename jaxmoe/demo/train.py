@@ -315,15 +315,9 @@ class Trainer:
         self.params, self.opt_state, self.step = state["params"], state["opt_state"], int(state["step"])
 
     def export(self, out: Path, tokenizer_dir: Path) -> None:
-        """Writes the checkpoint in Hugging Face's layout, in bfloat16 but for routers that compute in float32."""
+        """Writes the checkpoint in Hugging Face's layout, weights in bfloat16."""
         out.mkdir(parents=True, exist_ok=True)
-        with jax.set_mesh(self.mesh):
-            wanted = nnx.eval_shape(
-                lambda: self.family(self.config, self.config.experts, jnp.dtype("bfloat16"), nnx.Rngs(0))
-            )
-        dtypes = nnx.to_pure_dict(nnx.state(wanted))
-        params = jax.tree.map(lambda leaf, like: np.asarray(leaf).astype(like.dtype), self.params, dtypes)
-        save_hf(out, self.family.keys, self.config, params)
+        save_hf(out, self.family.keys, self.config, self.params, jnp.dtype("bfloat16"), wide=self.family.wide())
         (out / "config.json").write_text(json.dumps(self.hf, indent=2) + "\n")
         generation = {"bos_token_id": 1, "eos_token_id": 2, "do_sample": True, "temperature": 0.7, "top_p": 0.9}
         (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,19 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.axes import Logits
-from jaxmoe.checkpoints.folders import check_finished
-from jaxmoe.checkpoints.formats import has_mtp, read_params
-from jaxmoe.checkpoints.loader import read_config, read_generation_config
+from jaxmoe.checkpoints.loader import (
+    has_tensors,
+    load_params,
+    read_config,
+    read_generation_config,
+    read_quantization,
+)
+from jaxmoe.checkpoints.native import is_native, load_native
 from jaxmoe.errors import ConfigError, InvalidRequestError
 from jaxmoe.models.config import ModelConfig, token_ids
 from jaxmoe.models.decoder import RANK_ROWS, Decoder, Execution, merge
 from jaxmoe.models.kv_cache import PagedContext, make_cache
+from jaxmoe.models.llama4 import text_config
 from jaxmoe.models.presets import read_preset
 from jaxmoe.models.random_weights import random_params
 from jaxmoe.models.registry import family_of
@@ -66,8 +72,7 @@ class Model:
         self.dtype = jnp.dtype(DTYPES[dtype])
         self.execution = execution
         self.mesh_spec = MeshSpec.parse(mesh) if isinstance(mesh, str) else mesh
-        if self.folder:
-            check_finished(self.folder)
+        native = self.folder is not None and is_native(self.folder)
         hf = read_config(self.folder) if self.folder else read_preset(random_weights or "")
         generation = read_generation_config(self.folder) if self.folder else {}
         family = family_of(hf)
@@ -79,7 +84,12 @@ class Model:
             for name in ("temperature", "top_p", "top_k")
             if isinstance(generation.get(name), int | float) and generation.get("do_sample", True)
         }
-        if self.folder and self.config.mtp_layers and not has_mtp(self.folder, self.config):
+        if (
+            self.folder
+            and not native
+            and self.config.mtp_layers
+            and not has_tensors(self.folder, f"model.layers.{self.config.layers}.")
+        ):
             # Some exporters keep the promise of further layers in the config and leave their tensors out.
             self.config = dataclasses.replace(self.config, mtp_layers=0)
         config, spec = self.config, self.mesh_spec
@@ -94,13 +104,23 @@ class Model:
                 lambda: family(config, slots, self.dtype, nnx.Rngs(0), vocab_split=config.vocab_size % spec.tp == 0)
             )
         slot_expert = np.asarray(placement.slot_expert)
-        report = functools.partial(progress, "loading weights")
-        self.params: dict[str, Any] = (
-            read_params(self.folder, hf, self.abstract, config, slot_expert, self.mesh, report)
-            if self.folder
-            else random_params(self.abstract, slot_expert, self.mesh, self.dtype)
-        )
+        self.params = self._load(hf, slot_expert, functools.partial(progress, "loading weights"))
         self.placement = jax.device_put(placement, NamedSharding(self.mesh, P()))
+
+    def _load(self, hf: Mapping[str, Any], slot_expert: np.ndarray, progress: Callable[[int, int], None]) -> Any:
+        family = type(self.abstract)
+        if self.folder is None:
+            return random_params(self.abstract, slot_expert, self.mesh, self.dtype)
+        what = (self.folder, self.abstract, family.keys, self.config, slot_expert, self.mesh)
+        if is_native(self.folder):
+            return load_native(*what, progress=progress)
+        return load_params(
+            *what,
+            ignored=family.ignored,
+            prefix=family.prefix,
+            block_size=read_quantization(hf if "quantization_config" in hf else text_config(hf)),
+            progress=progress,
+        )
 
     @property
     def num_ranks(self) -> int:

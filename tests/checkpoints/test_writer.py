@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import jax
@@ -29,8 +30,10 @@ VARIANTS = {
 
 
 def save(model, folder, **options):
-    slots = np.asarray(model.placement.slot_expert)
-    return save_hf(folder, model.abstract.keys, model.config, model.params, slot_expert=slots, **options)
+    slots, family = np.asarray(model.placement.slot_expert), type(model.abstract)
+    return save_hf(
+        folder, family.keys, model.config, model.params, model.dtype, wide=family.wide(), slot_expert=slots, **options
+    )
 
 
 def tensors_of(folder):
@@ -66,7 +69,7 @@ def test_routers_that_compute_in_float32_are_written_in_it(reference_checkpoint,
 
 def test_files_are_as_full_as_allowed_and_an_index_names_them(reference_checkpoint, tmp_path):
     reference = reference_checkpoint()
-    total = save(Model(reference.folder), tmp_path, max_shard=30_000)
+    total = save(Model(reference.folder), tmp_path, max_file_bytes=30_000)
     index = json.loads((tmp_path / INDEX).read_text())
     names = sorted(set(index["weight_map"].values()))
     assert names == [f"model-{number:05}-of-{len(names):05}.safetensors" for number in range(1, len(names) + 1)]
@@ -74,15 +77,15 @@ def test_files_are_as_full_as_allowed_and_an_index_names_them(reference_checkpoi
     assert index["metadata"]["total_size"] == total
     # No two neighbours would have fitted into one file.
     sizes = [sum(np.prod(t.shape) * 4 for t in read_header(tmp_path / name).values()) for name in names]
-    assert max(sizes) <= 30_000 < min(a + b for a, b in zip(sizes, sizes[1:], strict=False))
+    assert max(sizes) <= 30_000 < min(a + b for a, b in itertools.pairwise(sizes))
     assert tensors_of(tmp_path) == tensors_of(reference.folder)
 
 
 @pytest.mark.parametrize("family", CLASSES)
 def test_transformers_computes_the_same_from_what_is_written(reference_checkpoint, tmp_path, family):
     reference = reference_checkpoint(family)
-    save(Model(reference.folder, "ep=2"), tmp_path, max_shard=30_000)
-    write_config(tmp_path, read_config(reference.folder), "float32")
+    save(Model(reference.folder, "ep=2"), tmp_path, max_file_bytes=30_000)
+    write_config(tmp_path, read_config(reference.folder), "float32", 0)
     loaded, told = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, attn_implementation="eager", experts_implementation="eager", output_loading_info=True
     )

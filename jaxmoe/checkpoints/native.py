@@ -117,9 +117,10 @@ def load_native(
     folder: Path,
     abstract: nnx.Module,
     keys: Keys,
+    config: ModelConfig,
     slot_expert: np.ndarray,
     mesh: jax.sharding.Mesh,
-    experts: int,
+    *,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
     """The parameters of `abstract` (an `nnx.eval_shape` of the model under the mesh) as a nested dict of arrays.
@@ -131,7 +132,9 @@ def load_native(
     specs = dict(flat(nnx.to_pure_dict(nnx.get_partition_spec(nnx.state(abstract)))))
     shardings = {path: jax.sharding.NamedSharding(mesh, specs[path]) for path in leaves}
     _check(
-        folder, stored_parameters(folder), {path: _logical_shape(keys[path], leaves[path], experts) for path in leaves}
+        folder,
+        stored_parameters(folder),
+        {path: _logical_shape(keys[path], leaves[path], config.experts) for path in leaves},
     )
     total = sum(local_bytes(leaf, shardings[path]) for path, leaf in leaves.items())
     done = 0

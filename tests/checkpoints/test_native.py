@@ -6,10 +6,10 @@ import pytest
 import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
-from jaxmoe.checkpoints import orbax_store
+from jaxmoe.checkpoints import native as format_
 from jaxmoe.checkpoints.folders import UNFINISHED, write_config
 from jaxmoe.checkpoints.loader import read_config
-from jaxmoe.checkpoints.orbax_store import MANIFEST, PARAMS, StoredReader, load_native, save_native
+from jaxmoe.checkpoints.native import MANIFEST, PARAMS, StoredReader, load_native, save_native
 from jaxmoe.engine.model import Model
 from jaxmoe.errors import CheckpointError
 
@@ -22,7 +22,7 @@ SMALL = {
 
 def save(model, folder, dtype):
     folder.mkdir()
-    write_config(folder, read_config(model.folder), dtype)
+    write_config(folder, read_config(model.folder), dtype, model.config.mtp_layers)
     slots = np.asarray(model.placement.slot_expert)
     save_native(folder, model.abstract.keys, model.config, model.params, slots, dtype)
     return folder
@@ -78,7 +78,7 @@ def test_experts_are_stored_in_their_order_whatever_slots_they_had(reference_che
     save_native(tmp_path, model.abstract.keys, model.config, params, slots, "float32")
     # Orbax itself reads what was written.
     assert bits(ocp.load(tmp_path / PARAMS, model.params)) == bits(model.params)
-    loaded = load_native(tmp_path, model.abstract, model.abstract.keys, slots[:, :4], model.mesh, 4)
+    loaded = load_native(tmp_path, model.abstract, model.abstract.keys, model.config, slots[:, :4], model.mesh)
     np.testing.assert_array_equal(loaded["experts"]["down"], experts["down"][:, :4])
 
 
@@ -88,7 +88,8 @@ def test_progress_ends_with_all_bytes(reference_checkpoint, tmp_path):
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
     keys = model.abstract.keys
     save_native(tmp_path, keys, model.config, model.params, slots, "float32", lambda *at: written.append(at))
-    load_native(tmp_path, model.abstract, keys, slots, model.mesh, 4, lambda *at: read.append(at))
+    place = (keys, model.config, slots, model.mesh)
+    load_native(tmp_path, model.abstract, *place, progress=lambda *at: read.append(at))
     for calls in (written, read):
         assert calls[-1] == (total, total)
         assert [done for done, _ in calls] == sorted(done for done, _ in calls)
@@ -101,11 +102,11 @@ def test_weights_are_cast_to_the_compute_dtype(native):
 
 
 def test_a_shard_reads_its_own_chunks_alone(reference_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(orbax_store, "CHUNK_BYTES", 1 << 14)
+    monkeypatch.setattr(format_, "CHUNK_BYTES", 1 << 14)
     model = Model(reference_checkpoint().folder)
     slots = np.asarray(model.placement.slot_expert)
     save_native(tmp_path, model.abstract.keys, model.config, model.params, slots, "float32")
-    store = orbax_store._open(tmp_path, "experts.gate_up", ts.Context({"cache_pool": {"total_bytes_limit": 0}}))
+    store = format_._open(tmp_path, "experts.gate_up", ts.Context({"cache_pool": {"total_bytes_limit": 0}}))
     read, whole = StoredReader(store, slots, np.float32), np.asarray(model.params["experts"]["gate_up"])
     _bytes_read()
     shard = read(((0, 2), (1, 2), (0, 32), (0, 2), (0, 40)))
