@@ -72,6 +72,7 @@ class Model:
         self.dtype = jnp.dtype(DTYPES[dtype])
         self.execution = execution
         self.mesh_spec = MeshSpec.parse(mesh) if isinstance(mesh, str) else mesh
+        native = self.folder is not None and is_native(self.folder)
         hf = read_config(self.folder) if self.folder else read_preset(random_weights or "")
         generation = read_generation_config(self.folder) if self.folder else {}
         family = family_of(hf)
@@ -85,6 +86,7 @@ class Model:
         }
         if (
             self.folder
+            and not native
             and self.config.mtp_layers
             and not has_tensors(self.folder, f"model.layers.{self.config.layers}.")
         ):
