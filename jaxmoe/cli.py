@@ -49,8 +49,9 @@ class StartProgress:
         if stage != self._stage:
             self.close()
             self._stage, self._began = stage, time.monotonic()
+            unit = "B" if stage.endswith("weights") else ""
             self._bar = tqdm(
-                total=total, desc=f"{stage:<16}", unit="", unit_scale=total > 10_000, file=sys.stderr, leave=True
+                total=total, desc=f"{stage:<16}", unit=unit, unit_scale=bool(unit), file=sys.stderr, leave=True
             )
         assert self._bar is not None
         self._bar.update(done - self._bar.n)

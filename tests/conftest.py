@@ -8,8 +8,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["NPROC"] = "16"
 # Most of the tests' time is compiling programs that run once: less careful code comes up to four times as fast.
 flags = ["--xla_cpu_parallel_codegen_split_count=1", "--xla_backend_optimization_level=0"]
-if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones abort on the flag
-    flags.append("--xla_cpu_use_fusion_emitters=false")
+# Later releases abort on this one.
+flags += ["--xla_cpu_use_fusion_emitters=false"] * importlib.metadata.version("jaxlib").startswith("0.10.")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
 
 import jax

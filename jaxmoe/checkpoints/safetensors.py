@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,25 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+HEADER_LIMIT = 100_000_000  # bytes; as in the format's own reader
+
+
+_PICKLED = (
+    "pickled weights are never read, since unpickling runs code that comes with them; "
+    "convert them to safetensors, or download the checkpoint's safetensors files"
+)
+# What may lie in a folder in place of weights that can be read; the first that matches is told.
+INSTEAD = {
+    "adapter_*": "an adapter is not a whole model; merge it into its base model first",
+    "consolidated*": "the publisher's own layout is not read; download the files of the Hugging Face layout",
+    "*.gguf": "GGUF is not read; download the model's safetensors files",
+    **dict.fromkeys(("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt"), _PICKLED),
+    "*.safetensors": f"without {INDEX} nothing tells which files belong together; download it too",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +52,11 @@ class StoredTensor:
     dtype: str
 
     def view(self) -> np.ndarray:
-        """The tensor's bytes, mapped; only what is indexed is read from disk."""
-        if self.dtype not in DTYPES:
-            raise CheckpointError(f"{self.file}: dtype {self.dtype} is not one of {', '.join(DTYPES)}")
-        return (
-            np.memmap(self.file, DTYPES[self.dtype], "r", self.offset, self.shape)
-            if math.prod(self.shape)
-            else (np.zeros(self.shape, DTYPES[self.dtype]))
-        )
+        """The tensor's bytes, mapped; only what is indexed is read from disk. Its dtype must be one of DTYPES."""
+        dtype = DTYPES[self.dtype]
+        if not math.prod(self.shape):
+            return np.zeros(self.shape, dtype)
+        return np.memmap(self.file, dtype, "r", self.offset, self.shape).view(np.ndarray)
 
 
 class SafetensorsCheckpoint:
@@ -53,23 +68,47 @@ class SafetensorsCheckpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = {}
-        index = folder / INDEX
-        if index.exists():
-            wanted: dict[str, str] = read_json(index).get("weight_map", {})
-            if not isinstance(wanted, dict) or not all(isinstance(name, str) for name in wanted.values()):
-                raise CheckpointError(f"{index} must map names of tensors to names of files under weight_map")
-            for name in sorted(set(wanted.values())):
-                if "/" in name or "\\" in name:
-                    raise CheckpointError(f"{index}: file name {name!r} points outside the checkpoint folder")
-                stored = read_header(folder / name)
-                self.tensors.update({key: stored[key] for key in stored if wanted.get(key) == name})
-            absent = sorted(set(wanted) - set(self.tensors))
-            if absent:
-                raise CheckpointError(f"{index} names tensors that its files do not hold: {', '.join(absent[:8])}")
-        elif (folder / SINGLE).exists():
+        wanted = _read_index(folder)
+        if wanted is None:
             self.tensors = read_header(folder / SINGLE)
-        else:
-            raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}; download the whole checkpoint")
+            return
+        for name in sorted(set(wanted.values())):
+            stored = read_header(folder / name)
+            self.tensors.update({key: stored[key] for key in stored if wanted.get(key) == name})
+        absent = sorted(set(wanted) - set(self.tensors))
+        if absent:
+            raise CheckpointError(f"{folder / INDEX} names tensors that its files do not hold: {', '.join(absent[:8])}")
+
+
+def tensor_names(folder: Path) -> Iterable[str]:
+    """Names of all tensors, of many files from the index alone. Raises CheckpointError."""
+    wanted = _read_index(folder)
+    return read_header(folder / SINGLE) if wanted is None else wanted
+
+
+def _read_index(folder: Path) -> dict[str, str] | None:
+    """The file of every tensor; None where all lie in one file. Raises CheckpointError."""
+    index = folder / INDEX
+    if not index.exists():
+        if not (folder / SINGLE).exists():
+            raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}{_held_instead(folder)}")
+        return None
+    wanted = read_json(index).get("weight_map")
+    if not isinstance(wanted, dict) or not all(isinstance(name, str) for name in wanted.values()):
+        raise CheckpointError(f"{index} must map names of tensors to names of files under weight_map")
+    for name in sorted(set(wanted.values())):
+        if "/" in name or "\\" in name:
+            raise CheckpointError(f"{index}: file name {name!r} points outside the checkpoint folder")
+    return wanted
+
+
+def _held_instead(folder: Path) -> str:
+    """What a folder without weights that can be read has in their place, and what to do."""
+    for pattern, advice in INSTEAD.items():
+        held = sorted(file.name for file in folder.glob(pattern))
+        if held:
+            return f"; it holds {held[0]}: {advice}"
+    return "; download the whole checkpoint"
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
@@ -79,7 +118,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         with file.open("rb") as stream:
             prefix = stream.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-            if not 0 < length <= size - 8:
+            if not 0 < length <= min(size - 8, HEADER_LIMIT):
                 raise CheckpointError(
                     f"{file} is cut short or not a safetensors file ({size} bytes); download it again"
                 )
@@ -98,6 +137,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             begin, stop = entry["data_offsets"]
             if begin < 0:
                 raise ValueError(f"{name} begins {-begin} bytes before the data")
+            if not all(isinstance(size, int) and size >= 0 for size in entry["shape"]):
+                raise ValueError(f"{name} has the shape {entry['shape']}")
             stored = StoredTensor(file, 8 + length + begin, tuple(entry["shape"]), entry["dtype"])
             item = DTYPES[stored.dtype].itemsize if stored.dtype in DTYPES else None
             if item is not None and math.prod(stored.shape) * item != stop - begin:

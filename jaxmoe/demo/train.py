@@ -317,7 +317,7 @@ class Trainer:
     def export(self, out: Path, tokenizer_dir: Path) -> None:
         """Writes the checkpoint in Hugging Face's layout, weights in bfloat16."""
         out.mkdir(parents=True, exist_ok=True)
-        save_hf(out, self.family.keys, self.config, self.params, jnp.dtype("bfloat16"))
+        save_hf(out, self.family.keys, self.config, self.params, jnp.dtype("bfloat16"), wide=self.family.wide())
         (out / "config.json").write_text(json.dumps(self.hf, indent=2) + "\n")
         generation = {"bos_token_id": 1, "eos_token_id": 2, "do_sample": True, "temperature": 0.7, "top_p": 0.9}
         (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")

@@ -1,9 +1,10 @@
 """From a step's plan to the arrays of one compiled call: which shape, and one packed transfer to the device."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.engine.config import EngineConfig
+from jaxmoe.engine.pages import pages_reached
 from jaxmoe.engine.scheduler import Chunk
+from jaxmoe.spans import Span
 
 Ranks: TypeAlias = Seq[Seq[Chunk]]  # chunks of every attention rank
 
@@ -21,7 +24,10 @@ SMALLEST_CONTEXT = 256
 
 @dataclasses.dataclass(frozen=True, order=True)
 class StepShape:
-    """The shape of one compiled step, per attention rank: sequences, tokens of each, pages of context of each."""
+    """The shape of one compiled step, per attention rank: sequences, tokens of each, pages of context of each.
+
+    A group of pages whose span is shorter than the context has tables of fewer pages: see `Packing.widths`.
+    """
 
     batch: int
     tokens: int
@@ -30,14 +36,6 @@ class StepShape:
     def __str__(self) -> str:
         kind = "decode" if self.tokens == 1 else "prefill"
         return f"{kind} batch={self.batch} tokens={self.tokens} pages={self.pages}"
-
-    @property
-    def packed_width(self) -> int:
-        """int32 words of a packed batch of this shape, per rank."""
-        return self.batch * (self.tokens + self.pages + len(_PER_SEQUENCE))
-
-
-_PER_SEQUENCE = ("start", "length", "temperature", "top_k", "top_p", "seed")
 
 
 class Sampling(NamedTuple):
@@ -53,11 +51,12 @@ class Sampling(NamedTuple):
 class Batch(NamedTuple):
     """A step's input, unpacked on the device: of one rank, or of all with a leading axis R.
 
-    A row of length 0 is padding.
+    A row of length 0 is padding. tables, firsts: see `PagedContext`.
     """
 
     tokens: Int[Array, "*R B T"]
-    block_table: Int[Array, "*R B pages"]
+    tables: tuple[Int[Array, "*R B pages"], ...]
+    firsts: tuple[Int[Array, "*R B"], ...]
     start: Int[Array, "*R B"]
     length: Int[Array, "*R B"]
     temperature: Float[Array, "*R B"]
@@ -76,6 +75,72 @@ class Batch(NamedTuple):
         return Sampling(self.temperature, self.top_k, self.top_p, self.seed, self.start + self.length)
 
 
+PER_SEQUENCE = ("start", "length", "temperature", "top_k", "top_p", "seed")
+FLOATS = ("temperature", "top_p")
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """A batch as one int32 array: a single transfer to the device.
+
+    spans: of the groups of KV pages. page_size: tokens of a page.
+    """
+
+    spans: tuple[Span, ...]
+    page_size: int
+
+    def widths(self, shape: StepShape) -> tuple[int, ...]:
+        """Pages in a block table of each group."""
+        return tuple(pages_reached(span, shape.tokens, self.page_size, shape.pages) for span in self.spans)
+
+    def words(self, shape: StepShape) -> int:
+        """int32 words of a packed batch, per rank."""
+        return shape.batch * (shape.tokens + sum(self.widths(shape)) + len(self.spans) + len(PER_SEQUENCE))
+
+    def pack(self, shape: StepShape, ranks: Ranks) -> Int[np.ndarray, "R words"]:
+        """Everything a step needs; `unpack` is its inverse on the device."""
+        packed = np.zeros((len(ranks), self.words(shape)), np.int32)
+        for row, chunks in zip(packed, ranks, strict=True):
+            if not chunks:
+                continue
+            fields = self._split(row, shape)
+            for index, (sequence, start, length, _) in enumerate(chunks):
+                fields["tokens"][index, :length] = sequence.tokens[start : start + length]
+                for table, pages in zip(fields["tables"], sequence.tables.pages, strict=True):
+                    table[index, : len(pages)] = pages
+            count = len(chunks)
+            params = [chunk.sequence.request.params for chunk in chunks]
+            for group, first in enumerate(fields["firsts"]):
+                first[:count] = [chunk.sequence.tables.passed[group] * self.page_size for chunk in chunks]
+            fields["start"][:count] = [chunk.start for chunk in chunks]
+            fields["length"][:count] = [chunk.length for chunk in chunks]
+            fields["temperature"].view(np.float32)[:count] = [each.temperature for each in params]
+            fields["top_k"][:count] = [each.top_k for each in params]
+            fields["top_p"].view(np.float32)[:count] = [each.top_p for each in params]
+            fields["seed"].view(np.uint32)[:count] = [(each.seed or 0) & 0xFFFFFFFF for each in params]
+        return packed
+
+    def unpack(self, packed: Int[Array, "words"], shape: StepShape) -> Batch:
+        """One rank's batch."""
+        fields = self._split(packed, shape)
+        as_float = {name: jax.lax.bitcast_convert_type(fields[name], jnp.float32) for name in FLOATS}
+        return Batch(**{**fields, **as_float})
+
+    def _split(self, words: Any, shape: StepShape) -> dict[str, Any]:
+        """Views of the fields of one rank's words."""
+        batch, offset = shape.batch, 0
+
+        def take(*axes: int) -> Any:
+            nonlocal offset
+            start, offset = offset, offset + batch * math.prod(axes)
+            return words[start:offset].reshape(batch, *axes)
+
+        fields: dict[str, Any] = {"tokens": take(shape.tokens)}
+        fields["tables"] = tuple(take(width) for width in self.widths(shape))
+        fields["firsts"] = tuple(take() for _ in self.spans)
+        return fields | {name: take() for name in PER_SEQUENCE}
+
+
 def _powers(smallest: int, largest: int, factor: int) -> list[int]:
     sizes = []
     while smallest < largest:
@@ -87,10 +152,10 @@ def _powers(smallest: int, largest: int, factor: int) -> list[int]:
 class Buckets:
     """The fixed set of shapes that every legal step fits; all are compiled before the first request."""
 
-    def __init__(self, config: EngineConfig, max_context: int) -> None:
-        self.page_size = config.page_size
-        pages = -(-max_context // config.page_size)
-        smallest = min(pages, -(-SMALLEST_CONTEXT // config.page_size))
+    def __init__(self, config: EngineConfig, max_context: int, packing: Packing) -> None:
+        self.packing = packing
+        pages = -(-max_context // packing.page_size)
+        smallest = min(pages, -(-SMALLEST_CONTEXT // packing.page_size))
         self.pages = _powers(smallest, pages, 4)
         self.decode = _powers(1, config.max_batch, 2)
         self.prefill_tokens = sorted({min(FEW_TOKENS, config.max_prefill_tokens), config.max_prefill_tokens})
@@ -101,11 +166,12 @@ class Buckets:
         rows = [(batch, 1) for batch in self.decode] + [(1, tokens) for tokens in self.prefill_tokens]
         if self.together > 1:
             rows.append((self.together, self.short))
-        return iter([StepShape(batch, tokens, pages) for pages in self.pages for batch, tokens in rows])
+        shapes = [self._shape(batch, tokens, pages) for pages in self.pages for batch, tokens in rows]
+        return iter(dict.fromkeys(shapes))
 
     def decode_shape(self, ranks: Ranks) -> StepShape:
         largest = max(map(len, ranks))
-        return StepShape(next(size for size in self.decode if size >= largest), 1, self._pages(ranks))
+        return self._shape(next(size for size in self.decode if size >= largest), 1, self._pages(ranks))
 
     def prefills(self, ranks: Ranks) -> list[tuple[StepShape, Ranks]]:
         """Splits the prefill chunks of all ranks into calls: short chunks of a rank share one, long ones go alone."""
@@ -113,53 +179,20 @@ class Buckets:
         short = [[chunk for chunk in chunks if chunk.length <= self.short] for chunks in ranks]
         single = [[chunk for chunk in chunks if chunk.length > self.short] for chunks in ranks]
         if self.together > 1 and max(map(len, short)) > 1:
-            calls.append((StepShape(self.together, self.short, self._pages(short)), short))
+            calls.append((self._shape(self.together, self.short, self._pages(short)), short))
         else:
             single = [short[rank] + single[rank] for rank in range(len(ranks))]
         for turn in range(max(map(len, single))):
             alone = [chunks[turn : turn + 1] for chunks in single]
             longest = max(chunk.length for chunks in alone for chunk in chunks)
             tokens = next(size for size in self.prefill_tokens if size >= longest)
-            calls.append((StepShape(1, tokens, self._pages(alone)), alone))
+            calls.append((self._shape(1, tokens, self._pages(alone)), alone))
         return calls
 
     def _pages(self, ranks: Ranks) -> int:
-        reach = max(chunk.start + chunk.length for chunks in ranks for chunk in chunks)
-        return next(pages for pages in self.pages if pages * self.page_size >= reach)
+        context = max(chunk.start + chunk.length for chunks in ranks for chunk in chunks)
+        return next(pages for pages in self.pages if pages * self.packing.page_size >= context)
 
-
-def pack(shape: StepShape, ranks: Ranks) -> Int[np.ndarray, "R words"]:
-    """One int32 array of everything a step needs; `unpack` is its inverse on the device."""
-    packed = np.zeros((len(ranks), shape.packed_width), np.int32)
-    for row, chunks in zip(packed, ranks, strict=True):
-        fields = _split(row, shape)
-        for index, (sequence, start, length, _) in enumerate(chunks):
-            params = sequence.request.params
-            fields["tokens"][index, :length] = sequence.tokens[start : start + length]
-            pages = sequence.pages[: shape.pages]
-            fields["block_table"][index, : len(pages)] = pages
-            fields["start"][index] = start
-            fields["length"][index] = length
-            fields["temperature"].view(np.float32)[index] = params.temperature
-            fields["top_k"][index] = params.top_k
-            fields["top_p"].view(np.float32)[index] = params.top_p
-            fields["seed"].view(np.uint32)[index] = (params.seed or 0) & 0xFFFFFFFF
-    return packed
-
-
-def unpack(packed: Int[Array, "words"], shape: StepShape) -> Batch:
-    fields = _split(packed, shape)
-    as_float = {name: jax.lax.bitcast_convert_type(fields[name], jnp.float32) for name in ("temperature", "top_p")}
-    return Batch(**{**fields, **as_float})
-
-
-def _split(words, shape: StepShape) -> dict:
-    """Views of the fields of one rank's words."""
-    batch, tokens, pages = shape.batch, shape.tokens, shape.pages
-    fields = {"tokens": words[: batch * tokens].reshape(batch, tokens)}
-    words = words[batch * tokens :]
-    fields["block_table"] = words[: batch * pages].reshape(batch, pages)
-    words = words[batch * pages :]
-    for index, name in enumerate(_PER_SEQUENCE):
-        fields[name] = words[index * batch : (index + 1) * batch]
-    return fields
+    def _shape(self, batch: int, tokens: int, pages: int) -> StepShape:
+        """Without a group that spans it all, contexts beyond the widest group's reach are all alike."""
+        return StepShape(batch, tokens, max(self.packing.widths(StepShape(batch, tokens, pages))))

@@ -10,7 +10,9 @@ class EngineConfig:
     """The limits within which the engine batches requests. Per attention rank, unless said otherwise.
 
     page_size: tokens per KV page.
-    pages_per_rank: KV pages; None derives them from the device's memory and the model.
+    pages_per_rank: KV pages of the layers that see the whole context, or of those that see most of it; None derives
+        them from the device's memory and the model. Layers that see only a window or a chunk have pages of their own,
+        enough of them for `max_batch` sequences but never more than this.
     max_batch: sequences decoding at once.
     max_context: tokens of prompt and generation together; None is the model's own limit.
     max_prefill_tokens: prompt tokens prefilled in one step; a longer prompt is split over several.

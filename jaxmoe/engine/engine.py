@@ -7,6 +7,7 @@ from collections.abc import Generator, Sequence
 
 from jaxmoe.engine.config import EngineConfig
 from jaxmoe.engine.model import Model, Progress, no_progress
+from jaxmoe.engine.pages import PageGroup
 from jaxmoe.engine.request import Output, Request, SamplingParams
 from jaxmoe.engine.runner import Runner
 from jaxmoe.engine.scheduler import RankLoad, Scheduler
@@ -30,7 +31,7 @@ class Engine:
         self._scheduler = Scheduler(
             config,
             num_ranks=model.num_ranks,
-            pages_per_rank=self._runner.pages_per_rank,
+            groups=self._runner.groups,
             max_context=self._runner.max_context,
             eos_token_ids=frozenset(model.eos_token_ids),
             vocab_size=model.config.vocab_size,
@@ -43,14 +44,19 @@ class Engine:
         return self._runner.max_context
 
     @property
-    def pages_per_rank(self) -> int:
-        return self._runner.pages_per_rank
+    def page_groups(self) -> tuple[PageGroup, ...]:
+        """The groups of KV pages, one for each distance that the model's layers look back."""
+        return self._runner.groups
 
     def describe(self) -> str:
         """One line for a log: the limits in force."""
-        tokens = self.pages_per_rank * self.config.page_size
+        sizes = [(group.pages_per_rank * self.config.page_size, group.span) for group in self.page_groups]
+        if len(sizes) == 1:
+            cached = f"{sizes[0][0]} tokens of KV cache"
+        else:
+            cached = f"KV cache of {' and '.join(f'{tokens} tokens ({span})' for tokens, span in sizes)}"
         return (
-            f"context {self.max_context} tokens, {self.config.max_batch} sequences and {tokens} tokens of KV cache "
+            f"context {self.max_context} tokens, {self.config.max_batch} sequences and {cached} "
             f"({self._runner.cache_bytes / 2**20:.0f} MiB) on each of {self.model.num_ranks} attention ranks"
         )
 

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.axes import Hidden
-from jaxmoe.engine.batch import Batch, Sampling, StepShape, unpack
+from jaxmoe.engine.batch import Batch, Packing, Sampling, StepShape
 from jaxmoe.engine.model import Model, Progress, no_progress
 from jaxmoe.models.decoder import RANK_ROWS, merge
 from jaxmoe.models.kv_cache import KVCache, PagedContext
@@ -38,8 +38,9 @@ class Executables:
     Without a warm-up each program is compiled when it is first needed.
     """
 
-    def __init__(self, model: Model, cache: KVCache) -> None:
+    def __init__(self, model: Model, cache: KVCache, packing: Packing) -> None:
         self._model = model
+        self._packing = packing
         self._cache_shape = jax.tree.map(_abstract, cache)
         self._forward: dict[StepShape, Any] = {}
         self._sample: dict[int, Any] = {}
@@ -80,20 +81,20 @@ class Executables:
 
     def compile(self, shape: StepShape) -> Any:
         """The forward program (`jax.stages.Compiled`) of one shape."""
-        model = self._model
+        model, packing = self._model, self._packing
 
         def forward(
             params: Any, placement: Placement, cache: KVCache, packed: Int[Array, "R words"]
         ) -> tuple[KVCache, Float[Array, "R B V"], Sampling]:
             decoder = merge(model.abstract, params)
-            batch = unpack_ranks(packed, shape)
-            context = PagedContext(cache, batch.block_table)
+            batch = unpack_ranks(packed, packing, shape)
+            context = PagedContext(cache, batch.tables, batch.firsts)
             hidden, written, _ = decoder(batch.tokens, batch.positions, placement, context, model.execution)
             assert written is not None
             logits = decoder.logits(last_rows(hidden, batch.length, shape))
             return written.cache, logits.astype(jnp.float32), batch.sampling
 
-        words = self._on_ranks((shape.packed_width,), jnp.int32)
+        words = self._on_ranks((packing.words(shape),), jnp.int32)
         with jax.set_mesh(model.mesh):
             lowered = jax.jit(forward, donate_argnums=2).lower(model.params, model.placement, self._cache_shape, words)
         return lowered.compile(self._options)
@@ -120,11 +121,11 @@ def _abstract(leaf: Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
-def unpack_ranks(packed: Int[Array, "R words"], shape: StepShape) -> Batch:
+def unpack_ranks(packed: Int[Array, "R words"], packing: Packing, shape: StepShape) -> Batch:
     """Every rank's batch, fields with a leading axis R."""
 
     def local(words: Array) -> Batch:
-        batch = unpack(words[0], shape)
+        batch = packing.unpack(words[0], shape)
         return jax.tree.map(lambda field: field[None], batch)
 
     return jax.shard_map(local, in_specs=PACKED, out_specs=P(RANKS), check_vma=False)(packed)

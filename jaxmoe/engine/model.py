@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from jaxmoe.checkpoints.loader import (
     read_generation_config,
     read_quantization,
 )
+from jaxmoe.checkpoints.native import is_native, load_native
 from jaxmoe.errors import ConfigError, InvalidRequestError
 from jaxmoe.models.config import ModelConfig, token_ids
 from jaxmoe.models.decoder import RANK_ROWS, Decoder, Execution, merge
@@ -101,23 +102,23 @@ class Model:
                 lambda: family(config, slots, self.dtype, nnx.Rngs(0), vocab_split=config.vocab_size % spec.tp == 0)
             )
         slot_expert = np.asarray(placement.slot_expert)
-        self.params: dict[str, Any] = (
-            load_params(
-                self.folder,
-                self.abstract,
-                family.keys,
-                config,
-                slot_expert,
-                self.mesh,
-                ignored=family.ignored,
-                prefix=family.prefix,
-                block_size=read_quantization(hf if "quantization_config" in hf else text_config(hf)),
-                progress=functools.partial(progress, "loading weights"),
-            )
-            if self.folder
-            else random_params(self.abstract, slot_expert, self.mesh, self.dtype)
-        )
+        self.params = self._load(hf, slot_expert, functools.partial(progress, "loading weights"))
         self.placement = jax.device_put(placement, NamedSharding(self.mesh, P()))
+
+    def _load(self, hf: Mapping[str, Any], slot_expert: np.ndarray, progress: Callable[[int, int], None]) -> Any:
+        family = type(self.abstract)
+        if self.folder is None:
+            return random_params(self.abstract, slot_expert, self.mesh, self.dtype)
+        what = (self.folder, self.abstract, family.keys, self.config, slot_expert, self.mesh)
+        if is_native(self.folder):
+            return load_native(*what, progress=progress)
+        return load_params(
+            *what,
+            ignored=family.ignored,
+            prefix=family.prefix,
+            block_size=read_quantization(hf if "quantization_config" in hf else text_config(hf)),
+            progress=progress,
+        )
 
     @property
     def num_ranks(self) -> int:

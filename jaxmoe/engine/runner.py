@@ -1,14 +1,17 @@
 """Runs a step's plan on the device: packs, launches, and reads the sampled tokens back."""
 
+import bisect
+import operator
 import os
 
 import jax
 import numpy as np
 
-from jaxmoe.engine.batch import Buckets, Ranks, pack
+from jaxmoe.engine.batch import Buckets, Packing, Ranks
 from jaxmoe.engine.config import EngineConfig
 from jaxmoe.engine.executables import Executables
 from jaxmoe.engine.model import Model, Progress, no_progress
+from jaxmoe.engine.pages import PageGroup, pages_reached
 from jaxmoe.engine.scheduler import StepPlan
 from jaxmoe.errors import ConfigError
 from jaxmoe.models.kv_cache import bytes_per_page, make_cache
@@ -29,17 +32,19 @@ class Runner:
             raise ConfigError(
                 f"max_context={self.max_context} is beyond the model's {limit} positions; use at most {limit}"
             )
-        self.pages_per_rank = config.pages_per_rank or default_pages(model, config, self.max_context)
-        self._cache = make_cache(model.config, model.mesh, self.pages_per_rank, config.page_size, model.dtype)
-        self._buckets = Buckets(config, self.max_context)
-        self.executables = Executables(model, self._cache)
+        self.groups = page_groups(model, config, self.max_context)
+        pages = tuple(group.pages_per_rank for group in self.groups)
+        self._cache = make_cache(model.config, model.mesh, pages, config.page_size, model.dtype)
+        self._packing = Packing(model.config.spans, config.page_size)
+        self._buckets = Buckets(config, self.max_context, self._packing)
+        self.executables = Executables(model, self._cache, self._packing)
         if config.warm_up:
             self.executables.warm_up(self._buckets, progress)
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of KV cache on one attention rank, over its `tp` devices."""
-        return sum(array.nbytes for array in self._cache) // self.model.num_ranks
+        """Bytes of KV cache of one attention rank, over its `tp` devices; what all of these hold counts once."""
+        return sum(array.nbytes for array in jax.tree.leaves(self._cache)) // self.model.num_ranks
 
     def run(self, plan: StepPlan) -> dict[str, tuple[int, float]]:
         """Token and log-probability, by request id, of every chunk of the plan that samples."""
@@ -48,7 +53,7 @@ class Runner:
             calls.append((self._buckets.decode_shape(plan.decodes), plan.decodes))
         launched: list[tuple[Ranks, jax.Array]] = []
         for shape, ranks in calls:
-            self._cache, out = self.executables(shape, self._cache, pack(shape, ranks))
+            self._cache, out = self.executables(shape, self._cache, self._packing.pack(shape, ranks))
             launched.append((ranks, out))
         sampled: dict[str, tuple[int, float]] = {}
         for ranks, out in launched:
@@ -61,24 +66,50 @@ class Runner:
         return sampled
 
 
-def default_pages(model: Model, config: EngineConfig, max_context: int) -> int:
-    """Pages for a full batch at full context, or as many as the memory left over holds.
+def page_groups(model: Model, config: EngineConfig, max_context: int) -> tuple[PageGroup, ...]:
+    """The groups of KV pages, in the order of the model's spans, as many pages as asked for or as memory allows.
 
-    Raises ConfigError if under one context.
+    Layers that see the whole context have pages for a full batch at full context, others for what a full batch sees of
+    it. Where memory does not allow that, short spans still serve a full batch, so that it is the context that runs out,
+    unless this leaves too little for one whole context: then they serve as many sequences as it can spare.
+
+    Raises ConfigError if the memory left over holds less than one context.
     """
-    device = model.mesh.devices.flat[0]
-    per_context = -(-max_context // config.page_size)
-    page = bytes_per_page(model.config, config.page_size, model.dtype) // model.mesh_spec.tp
-    stats = device.memory_stats()
-    if stats and "bytes_limit" in stats:
-        memory = int((stats["bytes_limit"] - stats["bytes_in_use"]) * ACCELERATOR_SHARE)
-    else:
-        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-        memory = int(machine * CPU_SHARE) // model.mesh_spec.num_devices
-    pages = min(config.max_batch * per_context, memory // page)
-    if pages < per_context:
-        raise ConfigError(
-            f"the memory left for KV pages ({memory / 2**20:.0f} MiB a device) holds {pages * config.page_size} "
-            f"tokens, less than one context of {max_context}; use a smaller --max-context or more devices"
+    spans, page_size = model.config.spans, config.page_size
+    total = -(-max_context // page_size)
+    of_one = [pages_reached(span, config.max_prefill_tokens, page_size, total) for span in spans]
+    widest = max(of_one)
+    page_bytes = [
+        bytes_per_page(model.config, group, page_size, model.dtype, model.mesh_spec.tp) for group in range(len(spans))
+    ]
+
+    def pages(most: int, sequences: int) -> list[int]:
+        """By group, when the widest has `most`."""
+        return [most if held == widest else min(most, sequences * held) for held in of_one]
+
+    def made(most: int, sequences: int) -> tuple[PageGroup, ...]:
+        return tuple(map(PageGroup, spans, pages(most, sequences)))
+
+    if config.pages_per_rank:
+        return made(config.pages_per_rank, config.max_batch)
+    memory = free_memory(model)
+    for sequences in range(config.max_batch, 0, -1):
+        sizes = range(1, config.max_batch * widest + 1)
+        most = bisect.bisect_right(
+            sizes, memory, key=lambda most: sum(map(operator.mul, page_bytes, pages(most, sequences)))
         )
-    return pages
+        if most >= widest:
+            return made(most, sequences)
+    raise ConfigError(
+        f"the memory left for KV pages ({memory / 2**20:.0f} MiB a device) holds {most * page_size} tokens, "
+        f"less than one context of {max_context}; use a smaller --max-context or more devices"
+    )
+
+
+def free_memory(model: Model) -> int:
+    """Bytes of a device that KV pages may take."""
+    stats = model.mesh.devices.flat[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int((stats["bytes_limit"] - stats["bytes_in_use"]) * ACCELERATOR_SHARE)
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return int(machine * CPU_SHARE) // model.mesh_spec.num_devices

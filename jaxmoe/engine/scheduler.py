@@ -7,14 +7,18 @@ always moves on, and with it the whole.
 """
 
 import dataclasses
+import operator
 from collections import deque
 from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
-from jaxmoe.engine.block_pool import BlockPool
 from jaxmoe.engine.config import EngineConfig
+from jaxmoe.engine.pages import PageGroup, PageTables, RankPages, pages_reached
 from jaxmoe.engine.request import Output, Request
 from jaxmoe.errors import DuplicateRequestError, InvalidRequestError, QueueFullError
+
+NO_PAGES = PageTables(0)
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -25,7 +29,7 @@ class Sequence:
     limit: the number of tokens at which it ends, whatever they are.
     rank: its attention rank; -1 while it waits.
     num_computed: the first so many tokens have their keys and values in the cache.
-    pages: token i lies in page pages[i // page_size], at i % page_size.
+    tables: its pages; none while it waits.
     """
 
     request: Request
@@ -33,7 +37,7 @@ class Sequence:
     limit: int
     rank: int = -1
     num_computed: int = 0
-    pages: list[int] = dataclasses.field(default_factory=list)
+    tables: PageTables = NO_PAGES
 
     @property
     def num_uncomputed(self) -> int:
@@ -71,7 +75,12 @@ class StepPlan:
 
 
 class RankLoad(NamedTuple):
-    """What one attention rank carries. waiting: those in the queue that are pinned to it."""
+    """What one attention rank carries.
+
+    waiting: those in the queue that are pinned to it.
+    used_pages, total_pages: of all groups of pages together, so that they tell what share of the pages is in use; one
+        token has a place in every group.
+    """
 
     running: int
     waiting: int
@@ -88,16 +97,17 @@ class Scheduler:
         config: EngineConfig,
         *,
         num_ranks: int,
-        pages_per_rank: int,
+        groups: Seq[PageGroup],
         max_context: int,
         eos_token_ids: frozenset[int],
         vocab_size: int,
     ) -> None:
         self._config = config
+        self._groups = groups
         self._max_context = max_context
         self._eos_token_ids = eos_token_ids
         self._vocab_size = vocab_size
-        self._pools = [BlockPool(pages_per_rank) for _ in range(num_ranks)]
+        self._pages = [RankPages(groups, config.page_size) for _ in range(num_ranks)]
         self._running: list[list[Sequence]] = [[] for _ in range(num_ranks)]  # by rank, first admitted first
         self._waiting: deque[Sequence] = deque()
         self._live: dict[str, Sequence] = {}
@@ -146,8 +156,8 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """Plans a step and gives its tokens the pages they need."""
-        prefills: list[list[Chunk]] = [[] for _ in self._pools]
-        decodes: list[list[Chunk]] = [[] for _ in self._pools]
+        prefills: list[list[Chunk]] = [[] for _ in self._running]
+        decodes: list[list[Chunk]] = [[] for _ in self._running]
         for rank, running in enumerate(self._running):
             for sequence in running:  # preemption shortens this list, at its end
                 if sequence.decodes:
@@ -167,6 +177,7 @@ class Scheduler:
             if request.id not in self._live:  # cancelled while the step ran
                 continue
             sequence.num_computed = start + length
+            self._pages[sequence.rank].trim(sequence.tables, sequence.num_computed)
             if not samples:
                 continue
             token, logprob = sampled[request.id]
@@ -184,21 +195,19 @@ class Scheduler:
                 running=len(running),
                 waiting=pinned.count(rank),
                 pending_tokens=sum(len(sequence.tokens) for sequence in running),
-                used_pages=pool.num_pages - pool.free_pages,
-                total_pages=pool.num_pages,
+                used_pages=pages.used,
+                total_pages=pages.total,
             )
-            for rank, (running, pool) in enumerate(zip(self._running, self._pools, strict=True))
+            for rank, (running, pages) in enumerate(zip(self._running, self._pages, strict=True))
         ]
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless every page and every live request is where it should be, once."""
-        for rank, (running, pool) in enumerate(zip(self._running, self._pools, strict=True)):
-            pool.check_integrity(sequence.pages for sequence in running)
-            for sequence in running:
-                assert sequence.rank == rank
-                assert self._pages_for(sequence.num_computed) <= len(sequence.pages)
+        for rank, (running, pages) in enumerate(zip(self._running, self._pages, strict=True)):
+            pages.check_integrity([(sequence.tables, sequence.num_computed) for sequence in running])
+            assert all(sequence.rank == rank for sequence in running)
         for sequence in self._waiting:
-            assert (sequence.rank, sequence.num_computed, sequence.pages) == (-1, 0, [])
+            assert (sequence.rank, sequence.num_computed, sequence.tables) == (-1, 0, NO_PAGES)
         placed = [*self._waiting, *(sequence for running in self._running for sequence in running)]
         assert sorted(sequence.request.id for sequence in placed) == sorted(self._live)
 
@@ -206,9 +215,9 @@ class Scheduler:
         """The number of tokens at which the request ends; raises InvalidRequestError if it cannot be served."""
         prompt, max_tokens, rank = request.prompt, request.params.max_tokens, request.rank
         request.params.validate(self._vocab_size)
-        if rank is not None and not 0 <= rank < len(self._pools):
+        if rank is not None and not 0 <= rank < len(self._running):
             raise InvalidRequestError(
-                f"rank={rank} is not one of the attention ranks 0..{len(self._pools) - 1}", "rank"
+                f"rank={rank} is not one of the attention ranks 0..{len(self._running) - 1}", "rank"
             )
         if not prompt:
             raise InvalidRequestError("the prompt is empty; send at least one token", "prompt")
@@ -218,8 +227,7 @@ class Scheduler:
                     f"prompt token {token} at position {position} is outside the vocabulary of {self._vocab_size}",
                     "prompt",
                 )
-        cached = self._pools[0].num_pages * self._config.page_size
-        room = min(self._max_context, cached)
+        room = min([self._max_context, *(self._room(group) for group in self._groups)])
         cause = "the context limit" if room == self._max_context else "the KV cache of one attention rank"
         if len(prompt) >= room:
             raise InvalidRequestError(
@@ -255,19 +263,19 @@ class Scheduler:
 
         open_ranks = [rank for rank in range(len(self._running)) if has_place(rank)]
         tokens = {rank: sum(len(sequence.tokens) for sequence in self._running[rank]) for rank in open_ranks}
-        pages = {rank: sum(map(self._pages_ahead, self._running[rank])) for rank in open_ranks}
+        spare = {rank: self._spare_pages(rank) for rank in open_ranks}
         for sequence in list(self._waiting):
             pinned, needed = sequence.request.rank, self._pages_ahead(sequence)
             choices = [rank for rank in open_ranks if pinned in (None, rank)]
-            choices = [rank for rank in choices if pages[rank] + needed <= self._pools[rank].num_pages]
+            choices = [rank for rank in choices if all(map(operator.le, needed, spare[rank]))]
             if choices:
                 rank = min(choices, key=tokens.__getitem__)
                 self._waiting.remove(sequence)
                 self._running[rank].append(sequence)
-                sequence.rank = rank
+                sequence.rank, sequence.tables = rank, PageTables(len(self._groups))
                 self._plan(sequence, self._prefill_room(prefills[rank]), prefills[rank])
                 tokens[rank] += len(sequence.tokens)
-                pages[rank] += needed
+                spare[rank] = list(map(operator.sub, spare[rank], needed))
                 if not has_place(rank):
                     open_ranks.remove(rank)
             elif pinned is None or not open_ranks:
@@ -278,13 +286,12 @@ class Scheduler:
     def _plan(self, sequence: Sequence, room: int, chunks: list[Chunk]) -> None:
         """Adds its next tokens, `room` at most, and gives them pages: if none are free, those of who came last."""
         length = min(room, sequence.num_uncomputed)
-        missing = self._pages_for(sequence.num_computed + length) - len(sequence.pages)
-        while (pages := self._pools[sequence.rank].allocate(missing)) is None:
+        pages = self._pages[sequence.rank]
+        while not pages.extend(sequence.tables, sequence.num_computed + length):
             last = self._running[sequence.rank][-1]
             self._preempt(last)
             if last is sequence:
                 return
-        sequence.pages += pages
         if length:
             chunks.append(Chunk(sequence, sequence.num_computed, length, length == sequence.num_uncomputed))
 
@@ -296,7 +303,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self._vacate(sequence)
-        sequence.rank, sequence.num_computed, sequence.pages = -1, 0, []
+        sequence.rank, sequence.num_computed, sequence.tables = -1, 0, NO_PAGES
         self._waiting.appendleft(sequence)
         self.num_preemptions += 1
 
@@ -309,11 +316,27 @@ class Scheduler:
 
     def _vacate(self, sequence: Sequence) -> None:
         self._running[sequence.rank].remove(sequence)
-        self._pools[sequence.rank].release(sequence.pages)
+        self._pages[sequence.rank].release(sequence.tables)
 
-    def _pages_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._config.page_size)
+    def _room(self, group: PageGroup) -> int:
+        """The most tokens that a request can have for its pages to fit into a group."""
+        held = self._most_pages(group, self._max_context, self._config.max_prefill_tokens)
+        return self._max_context if group.pages_per_rank >= held else group.pages_per_rank * self._config.page_size
 
-    def _pages_ahead(self, sequence: Sequence) -> int:
+    def _spare_pages(self, rank: int) -> list[int]:
+        """Pages of each group beside those that the sequences running on a rank need, or soon will."""
+        spare = [group.pages_per_rank for group in self._groups]
+        for sequence in self._running[rank]:
+            spare = list(map(operator.sub, spare, self._pages_ahead(sequence)))
+        return spare
+
+    def _pages_ahead(self, sequence: Sequence) -> list[int]:
         """Pages for all its tokens and a page's worth more, so that whoever is admitted next is not soon preempted."""
-        return self._pages_for(min(len(sequence.tokens) + self._config.page_size, sequence.limit))
+        tokens = min(len(sequence.tokens) + self._config.page_size, sequence.limit)
+        at_once = min(sequence.num_uncomputed, self._config.max_prefill_tokens)
+        return [self._most_pages(group, tokens, at_once) for group in self._groups]
+
+    def _most_pages(self, group: PageGroup, tokens: int, at_once: int) -> int:
+        """Pages that a sequence of so many tokens holds at most, if its steps compute up to `at_once` of them."""
+        page_size = self._config.page_size
+        return pages_reached(group.span, at_once, page_size, -(-tokens // page_size))

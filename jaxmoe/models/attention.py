@@ -1,6 +1,6 @@
 """Grouped-query attention, data-parallel over attention ranks and split by heads over `tp`."""
 
-from typing import ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -79,11 +79,11 @@ class CachedAttention(nnx.Module):
         stacks = {name: getattr(self, name)[...] for name in self.shapes()}
 
         def local(
-            x: Array, positions: Array, layer: Array, cached: Array, stacks: dict[str, Array], paging: Paging | None
+            x: Array, positions: Array, layer: Array, cached: Array, stacks: dict[str, Array], paging: Any
         ) -> tuple[Array, Pages]:
             rows = x.reshape(*positions.shape[1:], x.shape[-1])
             weights = {name: stack[layer] for name, stack in stacks.items()}
-            own = paging._replace(table=paging.table[0], first=paging.first[0]) if paging is not None else None
+            own = Paging(paging[0], paging[1][0], paging[2][0]) if paging is not None else None
             result, pages = self.mix(rows, positions[0], kind, weights, cached, own)
             result = jax.lax.psum(result, "tp") if tp > 1 else result
             if "out_bias" in weights:
@@ -91,7 +91,7 @@ class CachedAttention(nnx.Module):
             return result.reshape(x.shape), pages
 
         pages_specs = kv_cache.cache_partitions(self.config) if context is not None else ()
-        paging_specs = Paging(pages_specs, RANK_ROWS, P(RANKS, None)) if context is not None else None
+        paging_specs: Any = (pages_specs, RANK_ROWS, P(RANKS, None)) if context is not None else None
         stack_specs = {name: partition(*self.SPLIT[name]) for name in stacks}
         run = jax.shard_map(
             local,
@@ -101,7 +101,7 @@ class CachedAttention(nnx.Module):
         )
         paging = None
         if context is not None:
-            paging = Paging(context.cache[at.group], context.tables[at.group], context.firsts[at.group])
+            paging = (context.cache[at.group], context.tables[at.group], context.firsts[at.group])
         with jax.named_scope("attention"):
             result, pages = run(x, positions, jnp.asarray(at.layer), jnp.asarray(at.cached), stacks, paging)
         if context is not None:

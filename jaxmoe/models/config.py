@@ -23,7 +23,11 @@ HARMLESS_KEYS = frozenset(
         "transformers_version", "use_bfloat16", "use_cache", "_attn_implementation_autoset",
     }
 )  # fmt: skip
-ROPE_KEYS = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
+# Of kinds of scaling; left over in a config of kind "default" they change nothing.
+SCALING_KEYS = (
+    "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow",
+    "mscale", "mscale_all_dim", "attention_factor", "truncate",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,6 +248,7 @@ def rope_from(fields: Fields, default_theta: float, max_position: int) -> RopeCo
     inner("type", str, None)
     theta = inner("rope_theta", float, None) or theta or default_theta
     if kind == "default":
+        inner.ignore(*SCALING_KEYS)
         inner.finish()
         return RopeConfig(theta)
     if kind not in ("linear", "llama3", "yarn"):

@@ -61,6 +61,11 @@ class Decoder(nnx.Module):
     weigh_input: ClassVar[bool] = False  # whether a routing weight belongs on the expert's input
     router_dtype: ClassVar[jnp.dtype | None] = None  # of the routers' parameters, if not the model's
 
+    @classmethod
+    def wide(cls) -> frozenset[str]:
+        """Parameters that are float32 whatever the model computes in."""
+        return frozenset({"router", "router_bias"}) if cls.router_dtype == jnp.float32 else frozenset()
+
     @staticmethod
     def read_config(hf: Mapping[str, Any]) -> ModelConfig:
         """From `config.json`. Raises CheckpointError naming what is missing, malformed or not understood."""

@@ -109,7 +109,7 @@ class DeepseekV3(Decoder):
         groups = GroupRouting(
             groups=fields("n_group", int, 1 if "n_group" in hf else 8),
             groups_kept=fields("topk_group", int, 1 if "topk_group" in hf else 4),
-            normalise=fields("norm_topk_prob", bool, True),
+            normalise=fields("norm_topk_prob", bool, "norm_topk_prob" not in hf),
             scale=fields("routed_scaling_factor", float, 2.5),
         )
         _check_groups(groups, experts, per_token)
@@ -143,7 +143,7 @@ class DeepseekV3(Decoder):
             score_scale=(latent.nope_dim + latent.rope_dim) ** -0.5 * sharpened**2,
             shared_width=expert_width * fields("n_shared_experts", int, 0 if "n_shared_experts" in hf else 1),
             dense_width=fields("intermediate_size", int, 18432),
-            rope_interleaved=fields("rope_interleave", bool, True),
+            rope_interleaved=fields("rope_interleave", bool, "rope_interleave" not in hf),
             attention_bias=fields("attention_bias", bool, False),
             latent=latent,
             groups=groups,

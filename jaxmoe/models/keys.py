@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeAlias
 
@@ -60,9 +61,15 @@ class Key:
         return int(self.per_layer) + int(self.per_expert)
 
     @property
+    def stored_groups(self) -> list[list[str]]:
+        """Axes on disk as they are merged there: [["H", "d"], ["D"]] for "(H d) D"."""
+        stored = self.axes.split("->")[0]
+        return [(merged or single).split() for merged, single in re.findall(r"\(([^)]*)\)|(\w+)", stored)]
+
+    @property
     def stored_axes(self) -> list[str]:
         """Axes on disk, unmerged."""
-        return self.axes.split("->")[0].replace("(", " ").replace(")", " ").split()
+        return [axis for group in self.stored_groups for axis in group]
 
     @property
     def memory_axes(self) -> list[str]:
@@ -80,17 +87,7 @@ class Key:
 
     def stored_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Shape on disk of one tensor."""
-        shape: list[int] = []
-        merged: list[int] | None = None
-        for axis in self.axes.split("->")[0].replace("(", " ( ").replace(")", " ) ").split():
-            if axis == "(":
-                merged = []
-            elif axis == ")":
-                shape.append(math.prod(merged or ()))
-                merged = None
-            else:
-                (shape if merged is None else merged).append(sizes[axis])
-        return tuple(shape)
+        return tuple(math.prod(sizes[axis] for axis in group) for group in self.stored_groups)
 
     def tensor_names(self, stacks: Mapping[str, Sequence[int]], experts: int) -> Iterator[str]:
         """Every tensor of this parameter by its name on disk."""

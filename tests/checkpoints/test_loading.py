@@ -1,7 +1,11 @@
 import collections
+import dataclasses
 import json
+import re
 import shutil
 import struct
+import subprocess
+import sys
 
 import jax
 import ml_dtypes
@@ -9,13 +13,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxmoe.checkpoints.loader import _Reader
+from jaxmoe.checkpoints.reading import ParameterReader
 from jaxmoe.checkpoints.safetensors import SafetensorsCheckpoint, StoredTensor
 from jaxmoe.checkpoints.writer import save_hf
 from jaxmoe.engine.model import Model
 from jaxmoe.errors import CheckpointError, ConfigError
 from jaxmoe.models.keys import Key
 from jaxmoe.models.mixtral import KEYS
+from jaxmoe.models.registry import family_of
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 EXPERTS = "model.layers.0.block_sparse_moe.experts."
@@ -48,19 +53,38 @@ def error_of(folder):
     return str(error.value)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_every_tensor_of_a_checkpoint_is_named_by_one_key_exactly_once(reference_checkpoint, tied):
-    folder = reference_checkpoint(tie_word_embeddings=tied).folder
-    names = collections.Counter(
-        name.format(layer=layer, expert=expert)
-        for key in KEYS.values()
-        for name in key.tensors
-        for layer in range(2 if key.per_layer else 1)
-        for expert in range(4 if key.per_expert else 1)
-    )
-    assert set(names.values()) == {1}
-    assert set(load_file(folder / WEIGHTS)) == set(names) - ({"lm_head.weight"} if tied else set())
-    assert ("lm_head" in Model(folder).params) != tied
+COVERED = {
+    "Mixtral": ("mixtral", {}),
+    "Mixtral, tied": ("mixtral", {"tie_word_embeddings": True}),
+    "Mixtral, fused": ("mixtral", {"fused": True}),
+    "DeepSeek-V3": ("deepseek_v3", {}),
+    "DeepSeek-V3, biases, no query rank": ("deepseek_v3", {"attention_bias": True, "q_lora_rank": None}),
+    "DeepSeek-V3, all dense": ("deepseek_v3", {"first_k_dense_replace": 3}),
+    "DeepSeek-V3, fused": ("deepseek_v3", {"fused": True}),
+    "Llama 4": ("llama4", {}),
+    "Llama 4, biases, tied": ("llama4", {"attention_bias": True, "tie_word_embeddings": True}),
+    "Llama 4, multimodal": ("llama4", {"multimodal": True}),
+}
+
+
+@pytest.mark.parametrize("name", COVERED)
+def test_every_tensor_of_a_checkpoint_is_named_by_one_key_exactly_once_or_ignored(reference_checkpoint, name):
+    family, options = COVERED[name]
+    folder = reference_checkpoint(family, **options).folder
+    hf = json.loads((folder / "config.json").read_text())
+    module = family_of(hf)
+    config = module.read_config(hf)
+    config = dataclasses.replace(config, mtp_layers=0)
+    stored = {one.removeprefix(module.prefix) for one in load_file(folder / WEIGHTS)}
+    stored = {one for one in stored if not re.fullmatch(module.ignored, one)} if module.ignored else stored
+    named = collections.Counter()
+    for key in module.keys.values():
+        found = [one for one in key.alternatives if set(one.tensor_names(config.stacks, config.experts)) & stored]
+        assert len(found) <= 1
+        for one in found:
+            named.update(one.tensor_names(config.stacks, config.experts))
+    assert set(named.values()) == {1}
+    assert named.keys() == stored
 
 
 def test_missing_left_over_and_misshapen_tensors_are_told_in_one_error(folder):
@@ -149,7 +173,10 @@ def test_a_tensor_of_a_dtype_that_is_not_read_is_told(folder):
     tensors = load_file(folder / WEIGHTS)
     tensors["model.norm.weight"] = np.zeros(32, np.int8)
     save_file(tensors, folder / WEIGHTS)
-    assert "dtype I8 is not one of F64, F32, F16, BF16" in error_of(folder)
+    told = error_of(folder)
+    assert (
+        "1 tensors of a dtype that is not one of F64, F32, F16, BF16, F8_E4M3, F8_E5M2: model.norm.weight of I8" in told
+    )
 
 
 @pytest.mark.parametrize(
@@ -174,7 +201,20 @@ def test_a_config_that_is_no_json_object_is_told(folder, text, told):
             {"router_scaling": 2, "logit_softcap": 1},
             "effect on the model is not known here: logit_softcap, router_scaling",
         ),
-        ({"quantization_config": {"bits": 4}}, "effect on the model is not known here: quantization_config"),
+        (
+            {"quantization_config": {"quant_method": "compressed-tensors"}},
+            "quantization_config: quant_method='compressed-tensors' is not supported; only 'fp8'",
+        ),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config: weight_block_size=None is not"),
+        (
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [8, 8], "fmt": "e5m2"}},
+            "quantization_config: fmt='e5m2' is not supported; only 'e4m3' is",
+        ),
+        ({"model_type": "deepseek_v32"}, "model_type='deepseek_v32': its sparse attention with an indexer is not"),
+        (
+            {"model_type": "x", "auto_map": {"AutoModel": "code.X"}},
+            "auto_map={'AutoModel': 'code.X'} names code of its own, which is never run",
+        ),
         ({"hidden_size": None}, "config.json lacks 'hidden_size', which this model needs"),
         ({"hidden_size": "32"}, "hidden_size='32' must be of type int"),
         ({"num_hidden_layers": True}, "num_hidden_layers=True must be of type int"),
@@ -183,7 +223,7 @@ def test_a_config_that_is_no_json_object_is_told(folder, text, told):
         ({"head_dim": 7}, "head_dim=7 must be even"),
         ({"num_experts_per_tok": 5}, "num_experts_per_tok=5 must be between 1 and 4 experts"),
         ({"hidden_act": "mish"}, "hidden_act='mish' is not one of silu, gelu"),
-        ({"sliding_window": 0}, "sliding_window=0 must be at least 1 or null"),
+        ({"sliding_window": 0}, "attention over a window of 0 must be at least 1, or null"),
         ({"eos_token_id": "</s>"}, "eos_token_id='</s>' must be a token id, a list of them or null"),
         ({"eos_token_id": [1, "</s>"]}, "eos_token_id=[1, '</s>'] must be a token id, a list of them or null"),
         (
@@ -215,7 +255,7 @@ def test_an_unknown_compute_dtype_is_refused(reference):
 
 def test_what_is_written_is_what_was_read(reference, tmp_path):
     model = Model(reference.folder)
-    save_hf(tmp_path, KEYS, model.config, model.params, np.float32)
+    save_hf(tmp_path, KEYS, model.config, model.params, np.dtype(np.float32))
     stored, written = load_file(reference.folder / WEIGHTS), load_file(tmp_path / WEIGHTS)
     assert stored.keys() == written.keys()
     for name in stored:
@@ -267,22 +307,14 @@ class Opened(dict):
 def test_a_shard_of_experts_opens_the_tensors_of_those_experts_alone(reference):
     tensors = Opened(SafetensorsCheckpoint(reference.folder).tensors)
     slot_expert = np.array([[0, 1, 2, 3], [3, 2, 1, 0]])
-    read = _Reader(tensors, KEYS["experts.gate_up"], (2, 4, 32, 2, 40), slot_expert, np.dtype(np.float32))
-    shard = read((slice(None), slice(2, 3), slice(None), slice(None), slice(0, 20)))
+    read = ParameterReader(tensors, KEYS["experts.gate_up"], (2, 4, 32, 2, 40), (0, 1), slot_expert, 4, np.float32)
+    shard = read(((0, 2), (2, 3), (0, 32), (0, 2), (0, 20)))
     names = [f"model.layers.{layer}.block_sparse_moe.experts.{expert}.w" for layer, expert in ((0, 2), (1, 1))]
     assert tensors.names == {f"{name}{part}.weight" for name in names for part in (1, 3)}
     whole = load_file(reference.folder / WEIGHTS)
     for layer, name in enumerate(names):
         for at, part in enumerate((1, 3)):
             np.testing.assert_array_equal(shard[layer, 0, :, at], whole[f"{name}{part}.weight"].T[:, :20])
-
-
-def test_a_shard_that_a_replica_asks_for_again_is_not_read_again(reference):
-    tensors = Opened(SafetensorsCheckpoint(reference.folder).tensors)
-    read = _Reader(tensors, KEYS["norm"], (32,), np.zeros((2, 4), int), np.dtype(np.float32))
-    first = read((slice(0, 32),))
-    tensors.clear()
-    assert read((slice(None),)) is first
 
 
 def test_a_shard_of_a_tensor_larger_than_memory_is_read_from_its_own_bytes(tmp_path):
@@ -292,6 +324,154 @@ def test_a_shard_of_a_tensor_larger_than_memory_is_read_from_its_own_bytes(tmp_p
         stream.seek(8 + 2 * (columns * 1000 + 10))
         stream.write(np.arange(4, dtype=ml_dtypes.bfloat16).tobytes())
         stream.truncate(8 + 2 * rows * columns)
-    read = _Reader({"w": sparse}, Key("w", "V D -> D V"), (columns, rows), np.zeros((1, 1), int), np.dtype(np.float32))
-    shard = read((slice(10, 14), slice(999, 1001)))
+    read = ParameterReader(
+        {"w": sparse}, Key("w", "V D -> D V"), (columns, rows), (0,), np.zeros((1, 1), int), 1, np.float32
+    )
+    shard = read(((10, 14), (999, 1001)))
     np.testing.assert_array_equal(shard, [[0, 0], [0, 1], [0, 2], [0, 3]])
+
+
+LAYERS, NUM_EXPERTS, SIZES = (1, 3), 3, {"H": 4, "d": 6, "D": 10, "F": 7, "V": 9, "r": 5}
+# Keys of every pattern, with the axes in memory after the stacked ones.
+PATTERNS = {
+    "plain": (Key("w", "V D"), "V D"),
+    "stacked": (Key("l{layer}.w", "D"), "D"),
+    "merged rows": (Key("l{layer}.w", "(H d) D -> D H d"), "D H d"),
+    "merged columns": (Key("l{layer}.w", "D (H d) -> H d D"), "H d D"),
+    "merged alone": (Key("l{layer}.w", "(H d) -> H d"), "H d"),
+    "two tensors": (Key(("l{layer}.a", "l{layer}.b"), "F D -> D part F"), "D part F"),
+    "experts apart": (Key("l{layer}.e{expert}.w", "D F -> F D"), "F D"),
+    "experts apart, two tensors": (
+        Key(("l{layer}.e{expert}.a", "l{layer}.e{expert}.b"), "F D -> D part F"),
+        "D part F",
+    ),
+    "experts together": (Key("l{layer}.w", "expert F D -> F D"), "F D"),
+    "experts together, halves": (Key("l{layer}.w", "expert (part F) D -> D part F"), "D part F"),
+    "experts together, halves of columns": (Key("l{layer}.w", "expert D (part F) -> D part F"), "D part F"),
+}
+SLOTS = np.array([[0, 1, 2, 0], [2, 0, 1, 1]])
+
+
+def write_pattern(folder, key, axes):
+    """Random memory with one slot an expert, stored as the key says; returns the memory with SLOTS."""
+    rng = np.random.default_rng(0)
+    inner = [{**SIZES, "part": 2}[axis] for axis in axes.split()]
+    leading = [len(LAYERS)] * key.per_layer + [NUM_EXPERTS] * key.per_expert
+    memory = rng.normal(size=(*leading, *inner)).astype(np.float32)
+    tensors = {}
+    for row, layer in enumerate(LAYERS if key.per_layer else (0,)):
+        of_layer = memory[row] if key.per_layer else memory
+        apart = "{expert}" in key.tensors[0]
+        for expert in range(NUM_EXPERTS) if apart else (0,):
+            one = of_layer[expert] if apart else of_layer
+            for part, name in enumerate(key.tensors):
+                half = np.take(one, part, axis=key.part_axis) if len(key.tensors) > 1 else one
+                tensors[name.format(layer=layer, expert=expert)] = key.to_stored(half)
+    save_file(tensors, folder / WEIGHTS)
+    return np.stack([memory[row, SLOTS[row]] for row in range(2)]) if key.per_expert else memory
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_any_window_of_any_pattern_is_that_of_the_whole(tmp_path, name):
+    key, axes = PATTERNS[name]
+    memory = write_pattern(tmp_path, key, axes)
+    tensors = SafetensorsCheckpoint(tmp_path).tensors
+    read = ParameterReader(tensors, key, memory.shape, LAYERS, SLOTS, NUM_EXPERTS, np.float32)
+    np.testing.assert_array_equal(read(tuple((0, size) for size in memory.shape)), memory)
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        starts = [rng.integers(0, size) for size in memory.shape]
+        window = tuple(
+            (start, rng.integers(start + 1, size + 1)) for start, size in zip(starts, memory.shape, strict=True)
+        )
+        np.testing.assert_array_equal(read(window), memory[tuple(slice(*bounds) for bounds in window)])
+
+
+@pytest.mark.parametrize("name", ["merged rows", "merged columns", "two tensors", "experts apart, two tensors"])
+@pytest.mark.parametrize("block", [(4, 4), (16, 3), (128, 128)])
+def test_any_window_of_fp8_blocks_is_that_of_the_whole(tmp_path, name, block):
+    key, axes = PATTERNS[name]
+    write_pattern(tmp_path, key, axes)
+    rng = np.random.default_rng(2)
+    plain, quantised = {}, {}
+    for tensor, values in load_file(tmp_path / WEIGHTS).items():
+        scale = rng.uniform(0.5, 2, [-(-size // length) for size, length in zip(values.shape, block, strict=True)])
+        scale = scale.astype(np.float32)
+        fp8 = values.astype(ml_dtypes.float8_e4m3fn)
+        spread = scale.repeat(block[0], 0)[: values.shape[0]].repeat(block[1], 1)[:, : values.shape[1]]
+        plain[tensor] = fp8.astype(np.float32) * spread
+        quantised |= {tensor: fp8, tensor + "_scale_inv": scale}
+    shape = [{**SIZES, "part": 2}[axis] for axis in axes.split()]
+    shape = [len(LAYERS)] * key.per_layer + [SLOTS.shape[1]] * key.per_expert + shape
+    rows = []
+    for tensors in (plain, quantised):
+        save_file(tensors, tmp_path / WEIGHTS)
+        stored = SafetensorsCheckpoint(tmp_path).tensors
+        read = ParameterReader(stored, key, shape, LAYERS, SLOTS, NUM_EXPERTS, np.float32, block)
+        windows = [tuple((0, size) for size in shape), tuple((size // 3, size - size // 4) for size in shape)]
+        rows.append([read(window) for window in windows])
+    for expected, found in zip(*rows, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_fp8_without_scales_or_without_a_word_on_them_is_told(reference_checkpoint, tmp_path):
+    folder = shutil.copytree(reference_checkpoint("deepseek_v3", fp8=(16, 16)).folder, tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({key: value for key, value in config.items() if key != "quantization_config"})
+    )
+    told = error_of(folder)
+    assert "in fp8 without a quantization_config that says how they are scaled: model.layers." in told
+    assert "tensors not expected: model.layers.0." in told
+
+
+@pytest.mark.parametrize(
+    ("held", "told"),
+    [
+        ("pytorch_model.bin", "pickled weights are never read"),
+        ("consolidated.00.pth", "the publisher's own layout is not read"),
+        ("adapter_model.safetensors", "an adapter is not a whole model"),
+        ("model-q4.gguf", "GGUF is not read"),
+        ("part-1.safetensors", f"without {INDEX} nothing tells which files belong together"),
+    ],
+)
+def test_what_a_folder_holds_instead_of_weights_is_told(folder, held, told):
+    (folder / WEIGHTS).rename(folder / held)
+    assert told in error_of(folder)
+
+
+MEASURE = """
+import resource, sys
+import jax, numpy as np
+from pathlib import Path
+jax.numpy.zeros(1).block_until_ready()
+from jaxmoe.engine.model import Model
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+model = Model(Path(sys.argv[1]))
+print(peak() - before, sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)))
+"""
+
+
+def test_the_host_holds_little_more_than_the_parameters_while_loading(tmp_path):
+    layers, experts, width, inner = 12, 8, 256, 1024
+    config = {
+        "model_type": "mixtral", "vocab_size": 128, "hidden_size": width, "intermediate_size": inner,
+        "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": experts,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    family = family_of(config)
+    read = family.read_config(config)
+    shapes = {"V": 128, "D": width, "F": inner, "E": experts, "H": 4, "d": width // 4}
+    tensors = {}
+    for path, key in family.keys.items():
+        sizes = {**shapes, "H": 2} if path in ("attention.key", "attention.value") else shapes
+        for name in key.tensor_names(read.stacks, experts):
+            tensors[name] = np.zeros(key.stored_shape(sizes), ml_dtypes.bfloat16)
+    save_file(tensors, tmp_path / WEIGHTS)
+    ran = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True)
+    grown, held = map(int, ran.stdout.split())
+    assert held > 300e6
+    # Of experts, the largest part, two layers at a time; and the file's own pages, half as large, as they are mapped.
+    assert grown < held + 4 * held / layers + 100e6

@@ -1,10 +1,13 @@
 """The real server, as a process, with the embedded model on eight virtual devices."""
 
+import contextlib
+import dataclasses
 import os
 import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message_factory import GetMessageClass
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
+import jaxmoe
 from jaxmoe.demo import DEMO_MODEL
 from jaxmoe.engine.request import SamplingParams
 from jaxmoe.errors import InvalidRequestError
@@ -36,11 +40,10 @@ def serve(*arguments: str, env: dict[str, str]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT)
 
 
-@pytest.fixture(scope="module")
-def server(pytestconfig):
-    """The address of a server on dp=2,ep=4; checks afterwards that SIGTERM ends it cleanly."""
-    limits = ("--max-batch", "8", "--max-context", "128", "--max-prefill-tokens", "64")
-    with serve("--mesh", "dp=2,ep=4", *limits, env=environment(pytestconfig)) as process:
+@contextlib.contextmanager
+def serving(*arguments: str, env: dict[str, str]) -> Iterator[str]:
+    """The address of a server that is ready; checks afterwards that SIGTERM ends it cleanly."""
+    with serve(*arguments, env=env) as process:
         said = ""
         for line in process.stderr:
             said += line
@@ -53,6 +56,13 @@ def server(pytestconfig):
         rest = process.stderr.read()
         assert process.wait(60) == 0, rest
         assert "after warm-up" not in rest
+
+
+@pytest.fixture(scope="module")
+def server(pytestconfig):
+    limits = ("--max-batch", "8", "--max-context", "128", "--max-prefill-tokens", "64")
+    with serving("--mesh", "dp=2,ep=4", *limits, env=environment(pytestconfig)) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +112,19 @@ def test_a_client_that_knows_nothing_but_the_address_streams_text(server, tokeni
     assert re.search(r"[A-Za-z]{2,}", text)
 
 
+@pytest.mark.parametrize(("name", "mesh"), [("deepseek-v3", "ep=4"), ("llama4", "dp=2,ep=2")])
+def test_every_embedded_model_answers_as_it_does_in_this_process(pytestconfig, tokenizer, name, mesh):
+    # Llama 4's answer begins in one chunk of its attention and ends in the next.
+    prompt = tokenizer.encode((TEXT / "prose.txt").read_text()[:2000])[:120]
+    params = dataclasses.replace(GREEDY, max_tokens=24)
+    limits = ("--max-batch", "2", "--max-context", "256", "--max-prefill-tokens", "64")
+    expected = jaxmoe.load(f"demo:{name}").greedy(prompt, params.max_tokens)
+    arguments = ("--model", f"demo:{name}", "--mesh", mesh, *limits)
+    with serving(*arguments, env=environment(pytestconfig)) as address, Client(address) as client:
+        assert tokens_of(client, prompt, params) == expected
+        assert re.search(r"[A-Za-z]{2,}", tokenizer.decode(expected))
+
+
 def test_a_bad_request_is_explained_and_the_others_go_on_unchanged(server, prompts):
     with Client(server) as client:
         expected = tokens_of(client, prompts[5])
@@ -121,6 +144,8 @@ def test_a_bad_request_is_explained_and_the_others_go_on_unchanged(server, promp
     ("arguments", "said"),
     [
         (["--model", "/no/such/folder"], "/no/such/folder is not a folder"),
+        (["--model", "demo:gpt"], "demo:gpt is not a demo model; use demo:mixtral or demo:deepseek-v3"),
+        (["--random-weights", "gpt-4"], "'gpt-4' is not a known model; use one of mixtral-8x7b"),
         (["--mesh", "ep=4,xp=2"], "'xp=2' is not one of dp=N, ep=N, tp=N"),
         (["--mesh", "tp=3"], "tp=3 does not divide heads=4, kv_heads=2; use tp in [1, 2]"),
         (["--max-batch", "0"], "max_batch=0 must be a whole number of at least 1"),

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from jaxmoe.ops.attention import attention, causal_mask
+from jaxmoe.spans import FULL, Span
 
 
 def one_query_at_a_time(query, key, value, mask, scale):
@@ -50,9 +51,27 @@ def test_a_query_sees_its_own_and_earlier_positions():
 @pytest.mark.parametrize("window", [1, 2, 3, 100])
 def test_a_window_of_w_sees_w_keys_with_the_query_s_own(window):
     positions = jnp.arange(10)[None]
-    seen = np.asarray(causal_mask(positions, positions, window))[0]
+    seen = np.asarray(causal_mask(positions, positions, Span("window", window)))[0]
     np.testing.assert_array_equal(seen.sum(-1), np.minimum(np.arange(10) + 1, window))
     assert seen.diagonal().all()
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 100])
+def test_a_chunk_is_a_block_whose_first_position_sees_only_itself(size):
+    positions = jnp.arange(10)[None]
+    seen = np.asarray(causal_mask(positions, positions, Span("chunk", size)))[0]
+    np.testing.assert_array_equal(seen.sum(-1), np.arange(10) % size + 1)
+    assert seen.diagonal().all()
+
+
+@pytest.mark.parametrize("span", [FULL, Span("window", 4), Span("chunk", 4)], ids=str)
+def test_a_span_says_on_the_host_what_the_mask_says_on_the_device(span):
+    positions = jnp.arange(13)[None]
+    seen = np.asarray(causal_mask(positions, positions, span))[0]
+    assert [span.first(position) for position in range(13)] == seen.argmax(-1).tolist()
+    for tokens in (1, 3):
+        most = max(start + tokens - span.first(start) for start in range(13 - tokens))
+        assert span.reach(tokens) is None or most <= span.reach(tokens)
 
 
 def test_padding_is_seen_by_nobody_and_sees_nothing():

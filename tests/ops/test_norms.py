@@ -19,5 +19,10 @@ def test_rms_norm_of_half_precision_squares_in_float32_and_rounds_before_the_wei
     np.testing.assert_array_equal(normed, jnp.ones((1, 4), jnp.float16) * weight)
 
 
+def test_rms_norm_without_a_weight_leaves_a_mean_square_of_one():
+    normed = rms_norm(jnp.array([[3.0, -4.0, 0.0, 5.0]]), None, 0.0)
+    np.testing.assert_allclose((np.asarray(normed) ** 2).mean(), 1, atol=1e-6)
+
+
 def test_rms_norm_of_zeros_is_zero():
     assert not rms_norm(jnp.zeros((1, 4)), jnp.ones(4), 1e-5).any()

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.ops.rope import RopeConfig, cos_sin, inverse_frequencies, rotate_half_split, yarn_mscale
+from jaxmoe.ops.rope import RopeConfig, cos_sin, inverse_frequencies, rotate, yarn_mscale
 
 WIDTH = 16
 FLOAT32 = jnp.dtype("float32")
@@ -93,7 +93,7 @@ def test_rotation_is_multiplication_by_a_complex_phase():
     positions = np.array([[0, 1, 7], [100, 3, 2]])
     pairs = x[..., : WIDTH // 2] + 1j * x[..., WIDTH // 2 :]
     turned = pairs * np.exp(1j * positions[..., None, None] * np.array(plain()))
-    rotated = rotate_half_split(jnp.asarray(x), *cos_sin(RopeConfig(100.0), WIDTH, jnp.asarray(positions), FLOAT32))
+    rotated = rotate(jnp.asarray(x), *cos_sin(RopeConfig(100.0), WIDTH, jnp.asarray(positions), FLOAT32))
     np.testing.assert_allclose(rotated, np.concatenate([turned.real, turned.imag], -1), atol=2e-5)
 
 
@@ -103,7 +103,17 @@ def test_scores_depend_on_the_distance_of_positions_alone():
 
     def score(query_position, key_position):
         turn = [cos_sin(RopeConfig(100.0), WIDTH, jnp.array([at]), FLOAT32) for at in (query_position, key_position)]
-        return jnp.sum(rotate_half_split(query, *turn[0]) * rotate_half_split(key, *turn[1]))
+        return jnp.sum(rotate(query, *turn[0]) * rotate(key, *turn[1]))
 
     np.testing.assert_allclose(score(9, 4), score(59, 54), atol=1e-4)
     assert abs(score(9, 4) - score(9, 5)) > 1e-2
+
+
+def test_interleaved_pairs_turn_as_the_same_pairs_laid_out_in_halves():
+    rng = np.random.default_rng(2)
+    halves = rng.normal(size=(3, 2, WIDTH)).astype(np.float32)
+    pairs = np.stack(np.split(halves, 2, axis=-1), axis=-1).reshape(halves.shape)
+    turn = cos_sin(RopeConfig(100.0), WIDTH, jnp.array([0, 1, 7]), FLOAT32)
+    np.testing.assert_array_equal(
+        rotate(jnp.asarray(pairs), *turn, interleaved=True), rotate(jnp.asarray(halves), *turn)
+    )

@@ -18,15 +18,24 @@ DECODE, PREFILL = StepShape(batch=2, tokens=1, pages=8), StepShape(batch=1, toke
 PROGRAMS = {"forward": BATCH * LENGTH, "decode": DECODE.batch, "prefill": PREFILL.tokens}
 
 
+# Two mixtures each; the others have dense layers as well, latent attention or chunks, shared experts.
+FAMILIES = {
+    "mixtral": "mixtral-8x7b:scale=128,num_hidden_layers=2,vocab_size=128,num_attention_heads=4,num_key_value_heads=2",
+    "deepseek-v3": "deepseek-v3:scale=128,num_hidden_layers=5,vocab_size=128,n_routed_experts=32",
+    "llama4": "llama-4-maverick:scale=128,num_hidden_layers=4,vocab_size=128,num_local_experts=8,head_dim=16",
+}
+
+
 @pytest.fixture(scope="module")
-def compile_on(reference_checkpoint):
+def compile_on():
     """`compile_on("dp=2,ep=4", "decode")`: the model, and the collectives of that program, its layers written out."""
     models = {}
 
-    def compile_on(mesh, program):
-        if mesh not in models:
-            models[mesh] = Model(reference_checkpoint().folder, mesh, execution=Execution(unroll=True))
-        model = models[mesh]
+    def compile_on(mesh, program, family="mixtral"):
+        if (mesh, family) not in models:
+            preset = FAMILIES[family]
+            models[mesh, family] = Model(None, mesh, execution=Execution(unroll=True), random_weights=preset)
+        model = models[mesh, family]
         return model, read_collectives((forward if program == "forward" else step)(model, program).as_text())
 
     def forward(model, program):
@@ -36,7 +45,8 @@ def compile_on(reference_checkpoint):
             return model._forward.lower(model.params, model.placement, *placed).compile()
 
     def step(model, program):
-        executables = Executables(model, make_cache(model.config, model.mesh, 8, 4, model.dtype))
+        pages = (8,) * len(model.config.spans)
+        executables = Executables(model, make_cache(model.config, model.mesh, pages, 4, model.dtype))
         if program == "sampling":
             return executables.compile_sampling(DECODE.batch)
         return executables.compile({"decode": DECODE, "prefill": PREFILL}[program])
@@ -44,10 +54,12 @@ def compile_on(reference_checkpoint):
     return compile_on
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_layer_has_two_all_to_alls_and_one_scalar_all_reduce_and_nothing_else(compile_on, program):
-    model, found = compile_on("dp=2,ep=4", program)
-    layers = model.config.layers
+def test_a_mixture_has_two_all_to_alls_and_one_scalar_all_reduce_and_nothing_else(compile_on, program, family):
+    model, found = compile_on("dp=2,ep=4", program, family)
+    layers = sum(kind.moe for kind in model.config.kinds)
+    assert layers == 2
     assert collections.Counter(one.kind for one in found) == {"all-to-all": 2 * layers, "all-reduce": layers}
     assert {one.shapes for one in found if one.kind == "all-reduce"} == {((),)}
     # What travels is rows, each with its slot on the way out; never a weight.
