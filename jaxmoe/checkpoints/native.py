@@ -194,8 +194,9 @@ def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
 def _saving(keys: Keys, shard_bytes: int) -> ocp.Context:
     """Uncompressed: weights shrink by a fifth at most, and would be written and read at a third of the speed."""
     context = ocp.Context()
-    context.memory.write_concurrent_bytes = max(BUFFER_BYTES, shard_bytes)
-    context.memory.transfer_concurrent_bytes = max(BUFFER_BYTES, shard_bytes)
+    # Orbax refuses a shard that would take up the limit to the last byte.
+    limit = max(BUFFER_BYTES, shard_bytes) + 1
+    context.memory.write_concurrent_bytes = context.memory.transfer_concurrent_bytes = limit
     saving = context.array.saving
     saving.use_compression = False
     saving.ocdbt_target_data_file_size = FILE_BYTES

@@ -82,6 +82,14 @@ def test_experts_are_stored_in_their_order_whatever_slots_they_had(reference_che
     np.testing.assert_array_equal(loaded["experts"]["down"], experts["down"][:, :4])
 
 
+@pytest.mark.parametrize("mesh", ["dp=1,ep=1", "ep=4"])
+def test_what_is_larger_than_the_buffer_is_saved_too(reference_checkpoint, tmp_path, monkeypatch, mesh):
+    monkeypatch.setattr(format_, "BUFFER_BYTES", 100)
+    source = reference_checkpoint().folder
+    folder = save(Model(source, mesh), tmp_path / "native", "float32")
+    assert bits(Model(folder).params) == bits(Model(source).params)
+
+
 def test_progress_ends_with_all_bytes(reference_checkpoint, tmp_path):
     model, written, read = Model(reference_checkpoint().folder), [], []
     slots = np.asarray(model.placement.slot_expert)
