@@ -115,7 +115,10 @@ def test_a_shard_reads_its_own_chunks_alone(reference_checkpoint, tmp_path, monk
     slots = np.asarray(model.placement.slot_expert)
     save_native(tmp_path, model.abstract.keys, model.config, model.params, slots, "float32")
     store = format_._open(tmp_path, "experts.gate_up", ts.Context({"cache_pool": {"total_bytes_limit": 0}}))
-    read, whole = StoredReader(store, slots, np.float32), np.asarray(model.params["experts"]["gate_up"])
+    read, whole = (
+        StoredReader(store, model.abstract.keys["experts.gate_up"], slots, np.float32),
+        np.asarray(model.params["experts"]["gate_up"]),
+    )
     _bytes_read()
     shard = read(((0, 2), (1, 2), (0, 32), (0, 2), (0, 40)))
     np.testing.assert_array_equal(shard, whole[:, 1:2])
