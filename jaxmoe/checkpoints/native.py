@@ -22,6 +22,7 @@ from jaxmoe.checkpoints.folders import check_finished, unfinished
 from jaxmoe.checkpoints.loader import Progress
 from jaxmoe.checkpoints.reading import Window
 from jaxmoe.checkpoints.safetensors import read_json
+from jaxmoe.checkpoints.writer import read_slice
 from jaxmoe.errors import CheckpointError
 from jaxmoe.models.config import ModelConfig
 from jaxmoe.models.keys import Key, Keys
@@ -248,9 +249,10 @@ def _in_logical_order(key: Key, leaf: Any, slot_expert: np.ndarray, experts: int
     """The leaf, of an expert's slots the first."""
     if not key.per_expert or np.array_equal(slot_expert, np.tile(np.arange(experts), (len(slot_expert), 1))):
         return leaf
-    host = np.asarray(leaf)
-    slots = np.argmax(slot_expert[:, None, :] == np.arange(experts)[:, None], axis=-1)
-    return np.take_along_axis(host, slots.reshape(*slots.shape, *(1,) * (host.ndim - 2)), axis=1)
+    out = np.empty((leaf.shape[0], experts, *leaf.shape[2:]), leaf.dtype)
+    for row, expert in np.ndindex(out.shape[:2]):
+        out[row, expert] = read_slice(leaf, (row, int(np.argmax(slot_expert[row] == expert))))
+    return out
 
 
 def _logical_shape(key: Key, leaf: Any, experts: int) -> tuple[int, ...]:
