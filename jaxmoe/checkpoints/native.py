@@ -87,7 +87,7 @@ def save_native(
 
     slot_expert [mixtures, S]: the expert of every slot of `params`, all of which must be addressable from here. Where
     slots repeat experts, the experts' parameters pass through the memory of the host.
-    progress: called with bytes written and bytes in all.
+    progress: called with bytes written and bytes in all. Raises CheckpointError if they cannot be written.
     """
     leaves = {path: _in_logical_order(keys[path], leaf, slot_expert, config.experts) for path, leaf in flat(params)}
     total = sum(leaf.nbytes for leaf in leaves.values())
@@ -99,6 +99,8 @@ def save_native(
             break
         except TimeoutError:
             progress(min(_size(folder), total - 1), total)
+        except (ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{folder / PARAMS} cannot be written: {error}") from error
     manifest = {
         "format": FORMAT,
         "model_type": config.model_type,
