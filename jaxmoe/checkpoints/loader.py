@@ -103,7 +103,7 @@ def load_params(
         raise CheckpointError(f"{folder} does not hold what its config.json promises: {'; '.join(problems)}")
 
     shardings = {path: jax.sharding.NamedSharding(mesh, specs[path]) for path in leaves}
-    total = sum(local_bytes(leaf, shardings[path]) for path, leaf in leaves.items())
+    total = sum(_local_bytes(leaf, shardings[path]) for path, leaf in leaves.items())
     done = 0
 
     def report(placed: int) -> None:
@@ -179,7 +179,7 @@ def _fill(stack: jax.Array, layer: jax.Array, number: int) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(stack, layer, number, 0)
 
 
-def local_bytes(leaf: Any, sharding: jax.sharding.NamedSharding) -> int:
+def _local_bytes(leaf: Any, sharding: jax.sharding.NamedSharding) -> int:
     shard = int(np.prod(sharding.shard_shape(leaf.shape)))
     return shard * np.dtype(leaf.dtype).itemsize * len(sharding.addressable_devices)
 
