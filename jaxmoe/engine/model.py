@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -114,9 +115,13 @@ class Model:
         what = (self.folder, self.abstract, family.keys, self.config, slot_expert, self.mesh)
         if is_native(self.folder):
             return load_native(*what, progress=progress)
+        ignored, further = family.ignored, f"model.layers.{self.config.layers}."
+        if not self.config.mtp_layers and has_tensors(self.folder, further + "eh_proj."):
+            # A layer of further prediction that the config does not ask for; any other layer too many is an error.
+            ignored += rf"|{re.escape(further)}.*"
         return load_params(
             *what,
-            ignored=family.ignored,
+            ignored=ignored,
             prefix=family.prefix,
             block_size=read_quantization(hf if "quantization_config" in hf else text_config(hf)),
             progress=progress,
