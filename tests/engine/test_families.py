@@ -101,6 +101,16 @@ def test_spans_take_no_more_pages_however_long_the_context_grows(models, prompts
     assert max(short_spans) == sum(pages_reached(span, 1, 4, 1000) for span in model.config.spans if span != FULL)
 
 
+def test_the_engine_says_how_much_is_cached_for_which_span(models):
+    model = models("dp=1")
+    said = Engine(
+        model, EngineConfig(page_size=4, max_batch=2, max_prefill_tokens=8, pages_per_rank=100, warm_up=False)
+    ).describe()
+    spans = len(model.config.spans)
+    assert ("sequences and 400 tokens of KV cache (" if spans == 1 else "400 tokens (full) of KV cache (") in said
+    assert ("32 tokens (chunk of 8) and 400" in said) == (spans == 2)
+
+
 @pytest.mark.parametrize("mesh", ["dp=1", "dp=2,ep=4"])
 def test_a_step_updates_the_cache_in_place(models, mesh):
     model = models(mesh)
