@@ -169,3 +169,11 @@ def test_a_layer_that_is_there_but_not_promised_is_ignored(checkpoint):
     folder, reference = checkpoint(copies=True)
     edit_config(folder, {"num_nextn_predict_layers": 0}, ())
     parity.assert_same_logits(Model(folder).logits(reference.tokens), reference.logits)
+
+
+def test_a_layer_that_no_key_speaks_of_is_read(checkpoint):
+    # The key's default is one layer.
+    folder, reference = checkpoint(copies=True)
+    edit_config(folder, {}, ("num_nextn_predict_layers",))
+    tokens = reference.tokens[0]
+    parity.assert_same_logits(Model(folder).mtp_logits(tokens), logits_by_the_paper(folder, reference.model, tokens))
