@@ -1,18 +1,18 @@
 """A Hugging Face checkpoint onto a mesh: every device's shard is read from the bytes it needs and no others."""
 
-import functools
+import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxmoe.checkpoints.reading import SCALE, Block, ParameterReader, Window, is_quantised, scale_shape
+from jaxmoe.checkpoints.placing import AHEAD, place
+from jaxmoe.checkpoints.reading import SCALE, Block, ParameterReader, is_quantised, scale_shape
 from jaxmoe.checkpoints.safetensors import DTYPES, SafetensorsCheckpoint, StoredTensor, read_json, tensor_names
 from jaxmoe.errors import CheckpointError
 from jaxmoe.models.config import ModelConfig
@@ -21,8 +21,6 @@ from jaxmoe.models.parameters import flat
 
 # Buffers that some exporters leave in files: computed here from the config.
 IGNORED = r"(.*\.)?rotary_emb\.inv_freq"
-# A shard of a stacked parameter larger than this is brought to its device layer by layer.
-WHOLE_BYTES = 32 << 20
 
 Progress = Callable[[int, int], None]
 
@@ -102,86 +100,28 @@ def load_params(
     if problems:
         raise CheckpointError(f"{folder} does not hold what its config.json promises: {'; '.join(problems)}")
 
-    shardings = {path: jax.sharding.NamedSharding(mesh, specs[path]) for path in leaves}
-    total = sum(_local_bytes(leaf, shardings[path]) for path, leaf in leaves.items())
+    total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values())
     done = 0
 
-    def report(placed: int) -> None:
+    def advance(size: int) -> None:
         nonlocal done
-        done += placed
+        done += size
         progress(done, total)
 
     params: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        key = chosen[path]
-        layers = config.stacks[key.stack] if key.per_layer else (0,)
-        read = ParameterReader(tensors, key, leaf.shape, layers, slot_expert, config.experts, leaf.dtype, block_size)
-        *parents, name = path.split(".")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = place(read, leaf.shape, leaf.dtype, shardings[path], key.per_layer, report)
+    with ThreadPoolExecutor(AHEAD) as pool:
+        for path, leaf in leaves.items():
+            key = chosen[path]
+            layers = config.stacks[key.stack] if key.per_layer else (0,)
+            read = ParameterReader(
+                tensors, key, leaf.shape, layers, slot_expert, config.experts, leaf.dtype, block_size
+            )
+            *parents, name = path.split(".")
+            node = params
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[name] = place(read, leaf.shape, jax.sharding.NamedSharding(mesh, specs[path]), pool, advance)
     return params
-
-
-def place(
-    read: Callable[[Window], np.ndarray],
-    shape: tuple[int, ...],
-    dtype: Any,
-    sharding: jax.sharding.NamedSharding,
-    stacked: bool,
-    report: Callable[[int], None] = lambda placed: None,
-) -> jax.Array:
-    """An array of which every device's shard comes from `read`, once for all devices that hold the same.
-
-    Large shards of stacked parameters come a layer at a time, the next one read while the last is on its way, so that
-    the host holds two layers of a shard and no more. report: called with the bytes that were placed.
-    """
-    holders: dict[Window, list[jax.Device]] = {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        ranges = tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
-        holders.setdefault(ranges, []).append(device)
-    by_device: dict[jax.Device, jax.Array] = {}
-    for window, devices in holders.items():
-        extent = tuple(stop - start for start, stop in window)
-        if not stacked or extent[0] == 1 or int(np.prod(extent)) * np.dtype(dtype).itemsize <= WHOLE_BYTES:
-            host = read(window)
-            by_device |= {device: jax.device_put(host, device) for device in devices}
-            report(host.nbytes * len(devices))
-            continue
-        by_device |= {device: jnp.zeros(extent, dtype, device=device) for device in devices}
-        windows = [((layer, layer + 1), *window[1:]) for layer in range(*window[0])]
-        for number, piece in enumerate(_ahead(read, windows)):
-            for device in devices:
-                at_device = jax.device_put(piece, device)
-                by_device[device] = _fill(by_device[device], at_device, number)
-            jax.block_until_ready([by_device[device] for device in devices])
-            report(piece.nbytes * len(devices))
-    arrays = [by_device[device] for device in sharding.addressable_devices_indices_map(shape)]
-    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
-
-
-def _ahead(read: Callable[[Window], np.ndarray], windows: Iterable[Window]) -> Iterator[np.ndarray]:
-    """Reads all windows in order, each while the one before is in use."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = None
-        for window in windows:
-            ready, coming = coming, pool.submit(read, window)
-            if ready is not None:
-                yield ready.result()
-        if coming is not None:
-            yield coming.result()
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _fill(stack: jax.Array, layer: jax.Array, number: int) -> jax.Array:
-    """The stack with this layer in its place, in the same memory."""
-    return jax.lax.dynamic_update_slice_in_dim(stack, layer, number, 0)
-
-
-def _local_bytes(leaf: Any, sharding: jax.sharding.NamedSharding) -> int:
-    shard = int(np.prod(sharding.shard_shape(leaf.shape)))
-    return shard * np.dtype(leaf.dtype).itemsize * len(sharding.addressable_devices)
 
 
 def _present(key: Key, tensors: Mapping[str, StoredTensor], config: ModelConfig) -> Key:
