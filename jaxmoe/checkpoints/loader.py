@@ -59,9 +59,12 @@ def read_quantization(hf: Mapping[str, Any]) -> Block | None:
         )
     if not (isinstance(block, list) and len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block)):
         raise CheckpointError(f"{where}: weight_block_size={block!r} is not supported; it must be two whole numbers")
-    for key, known in (("fmt", "e4m3"), ("activation_scheme", "dynamic"), ("scale_fmt", "ue8m0")):
-        if quantised.get(key) not in (None, known):
-            raise CheckpointError(f"{where}: {key}={quantised[key]!r} is not supported; only {known!r} is")
+    # Scales that are powers of two ("ue8m0") are stored as float32 like any others.
+    choices = {"fmt": ("e4m3",), "activation_scheme": ("dynamic",), "scale_fmt": ("ue8m0", "float")}
+    for key, known in choices.items():
+        if quantised.get(key) not in (None, *known):
+            listed = " or ".join(map(repr, known))
+            raise CheckpointError(f"{where}: {key}={quantised[key]!r} is not supported; only {listed} is")
     return block[0], block[1]
 
 
@@ -91,8 +94,10 @@ def load_params(
     Raises CheckpointError listing all missing, left-over and misshapen tensors at once.
     """
     tensors = SafetensorsCheckpoint(folder).tensors
-    if prefix and any(name.startswith(prefix) for name in tensors):
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    if prefix:
+        # A name that is there both ways keeps its prefix, and is then told as not expected.
+        short = {name: name.removeprefix(prefix) for name in tensors}
+        tensors = {name if short[name] in tensors else short[name]: tensor for name, tensor in tensors.items()}
     leaves = dict(flat(nnx.to_pure_dict(nnx.state(abstract))))
     specs = dict(flat(nnx.to_pure_dict(nnx.get_partition_spec(nnx.state(abstract)))))
     chosen = {path: _present(keys[path], tensors, config) for path in leaves}

@@ -48,7 +48,7 @@ def place(
 
     def copy(shard: tuple[Window, list[jax.Device]]) -> list[jax.Array]:
         window, devices = shard
-        return jax.device_put([read(window)] * len(devices), devices)
+        return _on_each(read(window), devices)
 
     shards = [array for copies in _ahead(pool, copy, holders.items()) for array in copies]
     advance(math.prod(shape) * read.dtype.itemsize)
@@ -70,8 +70,7 @@ def _fill(
 
     def copy(part: tuple[Window, list[jax.Device]]) -> list[list[jax.Array]]:
         window, devices = part
-        arrays = [array[None] for array in read.read(window).arrays]
-        return jax.block_until_ready([jax.device_put([array] * len(devices), devices) for array in arrays])
+        return jax.block_until_ready([_on_each(array[None], devices) for array in read.read(window).arrays])
 
     # All shards of a layer, then the next: what they share on disk is read once.
     steps = list(_steps(sharding.shard_shape(shape), read))
@@ -90,6 +89,12 @@ def _fill(
         filled.block_until_ready()
         advance(filled.nbytes // len(steps))
     return filled
+
+
+def _on_each(array: np.ndarray, devices: list[jax.Device]) -> list[jax.Array]:
+    """Copied from the host once, and between devices from there."""
+    first = jax.device_put(array, devices[0])
+    return [first, *(jax.device_put(first, device) for device in devices[1:])]
 
 
 def _steps(shard: tuple[int, ...], read: ParameterReader) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
