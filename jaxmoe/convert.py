@@ -1,110 +1,145 @@
-"""`python -m jaxmoe.convert SRC DST`: a checkpoint into the native format, or back into Hugging Face's.
-
-The native format loads fastest, on any mesh: parameters lie as in memory, and every device reads its own shard. With
-`--to hf` the result is an ordinary folder of safetensors that transformers loads, fp8 weights dequantised.
-"""
+"""`python -m jaxmoe.convert SRC DST`: a checkpoint to the native format, which every mesh reads fast, or from it."""
 
 import argparse
-import json
+import functools
 import shutil
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from jaxmoe.cli import StartProgress
 from jaxmoe.demo import find_model
-from jaxmoe.errors import JaxmoeError
+from jaxmoe.errors import CheckpointError, ConfigError, JaxmoeError
+
+EXAMPLES = """\
+examples:
+  python -m jaxmoe.convert Mixtral-8x7B mixtral-native          once; then --model mixtral-native, on any mesh
+  python -m jaxmoe.convert DeepSeek-V3 v3-native --mesh ep=16   over 16 devices, none of which holds it all; fp8
+                                                                weights are written in bfloat16
+  python -m jaxmoe.convert mixtral-native mixtral-hf --to hf    back, for transformers and others
+
+DST appears when it is whole: an interrupted conversion leaves SRC and an older DST as they were.
+"""
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxmoe.convert",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="SRC", help="folder in either format, or demo:mixtral, demo:deepseek-v3, ...")
+    parser.add_argument("target", metavar="DST", type=Path, help="folder to make")
+    parser.add_argument(
+        "--to",
+        choices=("orbax", "hf"),
+        default="orbax",
+        help="orbax: native, read in parallel by every mesh; hf: safetensors in Hugging Face's names (default: orbax)",
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as they are stored)"
+    )
+    parser.add_argument(
+        "--mesh",
+        default="dp=1,ep=1",
+        help="devices that hold the weights on the way, dp=D,ep=E[,tp=T]; does not show in DST (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-file-size", type=float, default=5.0, metavar="GB", help="with --to hf, of a file (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="replace DST if it is a checkpoint, once the new one is whole"
+    )
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m jaxmoe.convert", description=__doc__)
-    parser.add_argument("source", metavar="SRC", help="checkpoint folder of either format, or demo:NAME")
-    parser.add_argument("target", metavar="DST", type=Path, help="folder to make")
-    parser.add_argument("--to", default="orbax", choices=("orbax", "hf"), help="format to write (default: %(default)s)")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as the config says)"
-    )
-    parser.add_argument(
-        "--mesh", default="dp=1,ep=1", help="devices that hold the model meanwhile (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--max-file-size", type=float, default=5.0, metavar="GB", help="of safetensors files (default: %(default)s)"
-    )
-    parser.add_argument("--force", action="store_true", help="replace DST if it exists, once the new one is whole")
-    args = parser.parse_args(argv)
+    """The exit code: 0, 2 after an error that the user can mend, 130 if interrupted."""
+    options = parse(argv)
     try:
-        print(convert(args), file=sys.stderr)
+        print(convert(options), file=sys.stderr)
     except JaxmoeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 
-def convert(args: argparse.Namespace) -> str:
-    """Does what the arguments say; returns what was done, in words."""
+def convert(options: argparse.Namespace) -> str:
+    """Does what the options say and returns what was done, in words. Raises JaxmoeError."""
+    # Only now is jax loaded.
     import jax
     import numpy as np
 
+    from jaxmoe.checkpoints.folders import copy_companions, new_folder, write_config
     from jaxmoe.checkpoints.loader import read_config
-    from jaxmoe.checkpoints.native import BESIDE, finished_folder, save_native
+    from jaxmoe.checkpoints.native import save_native
     from jaxmoe.checkpoints.writer import save_hf
-    from jaxmoe.engine.model import DTYPES, Model
-    from jaxmoe.models.llama4 import text_config
-    from jaxmoe.models.registry import family_of
+    from jaxmoe.engine.model import Model
 
-    source, target = find_model(args.source), args.target.absolute()
-    hf = read_config(source)
-    dtype = args.dtype or _dtype_of(text_config(hf)) or _dtype_of(hf) or "float32"
-    progress = StartProgress()
-    began = time.monotonic()
-    with finished_folder(target, args.force) as out:
-        model = Model(source, args.mesh, dtype, progress=progress)
-        family = family_of(hf)
-        slot_expert = np.asarray(model.placement.slot_expert)
-        for name in BESIDE:
-            if (source / name).exists():
-                shutil.copyfile(source / name, out / name)
-        described = {key: value for key, value in hf.items() if key != "quantization_config"}
-        if "num_nextn_predict_layers" in hf:
-            described["num_nextn_predict_layers"] = model.config.mtp_layers
-        if args.to == "orbax":
-            size = save_native(out, described, family.keys, model.config, model.params, slot_expert, model.mesh)
-        else:
-            size = save_hf(
-                out,
-                family.keys,
-                model.config,
-                model.params,
-                jax.numpy.dtype(DTYPES[dtype]),
+    source, target = find_model(options.source), options.target
+    if not options.max_file_size > 0:
+        raise ConfigError(f"--max-file-size {options.max_file_size} must be more than 0")
+    if target.resolve() in (source.resolve(), *source.resolve().parents):
+        raise ConfigError(f"{target} is or holds {source}; choose another folder")
+    began, progress = time.monotonic(), StartProgress()
+    with new_folder(target, options.force) as folder:
+        dtype = options.dtype or _stored_dtype(source)
+        model = Model(source, options.mesh, dtype, progress=progress)
+        loaded = time.monotonic()
+        _check_space(folder, sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)))
+        write_config(folder, read_config(source), dtype, model.config.mtp_layers)
+        copy_companions(source, folder)
+        family, report = type(model.abstract), functools.partial(progress, "writing weights")
+        weights, slots = (folder, family.keys, model.config, model.params), np.asarray(model.placement.slot_expert)
+        if options.to == "hf":
+            written = save_hf(
+                *weights,
+                jax.numpy.dtype(dtype),
                 wide=family.wide(),
-                slot_expert=slot_expert,
-                max_file_bytes=int(args.max_file_size * 1e9),
-                progress=lambda done, total: progress("writing weights", done, total),
+                slot_expert=slots,
+                max_file_bytes=int(options.max_file_size * 1e9),
+                progress=report,
             )
-            _write_config(out, described, dtype, model.config)
-    seconds = time.monotonic() - began
+        else:
+            written = save_native(*weights, slots, dtype, report)
+    seconds, megabytes = time.monotonic() - began, written / 1e6
     return (
-        f"wrote {size / 1e6:,.1f} MB of {dtype} weights in {seconds:.1f} s ({size / 1e6 / seconds:,.0f} MB/s); "
-        f"serve them with: python -m jaxmoe.serve --model {args.target}"
+        f"{target}: {megabytes:,.1f} MB of {dtype} weights in {seconds:.1f} s, {megabytes / seconds:,.0f} MB/s "
+        f"(reading them took {loaded - began:.1f} s)\n"
+        f"serve them: python -m jaxmoe.serve --model {target} --dtype {dtype}"
     )
 
 
-def _dtype_of(hf: Mapping[str, Any]) -> str | None:
-    name = hf.get("torch_dtype") or hf.get("dtype")
-    return name if name in ("float32", "bfloat16", "float16") else None
+def _stored_dtype(source: Path) -> str:
+    """What loses nothing of the weights: float32, bfloat16 or float16. Raises CheckpointError.
+
+    Of Hugging Face's format that of the embedding, which nobody quantises or keeps wider than the rest.
+    """
+    from jaxmoe.checkpoints.loader import read_config
+    from jaxmoe.checkpoints.native import is_native, read_manifest
+    from jaxmoe.checkpoints.safetensors import DTYPES, SafetensorsCheckpoint
+    from jaxmoe.models.registry import family_of
+
+    if is_native(source):
+        return str(read_manifest(source)["dtype"])
+    family = family_of(read_config(source))
+    tensors, name = SafetensorsCheckpoint(source).tensors, family.keys["embed"].tensors[0]
+    found = tensors.get(name) or tensors.get(family.prefix + name)
+    stored = DTYPES.get(found.dtype) if found else None
+    return stored.name if stored is not None and stored.name in ("bfloat16", "float16") else "float32"
 
 
-def _write_config(out: Path, hf: Mapping[str, Any], dtype: str, config: Any) -> None:
-    """That of the text model alone, with the dtype that was written."""
-    text = dict(hf.get("text_config") or hf)
-    if "text_config" in hf:
-        text |= {"model_type": "llama4_text", "architectures": ["Llama4ForCausalLM"]}
-        text["tie_word_embeddings"] = config.tie_embeddings
-    text.pop("dtype", None)
-    text["torch_dtype"] = dtype
-    (out / "config.json").write_text(json.dumps(text, indent=2) + "\n")
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise CheckpointError(
+            f"{folder.parent} has {free / 1e9:.1f} GB free, of {needed / 1e9:.1f} that are needed; "
+            "choose a DST on another disk"
+        )
 
 
 if __name__ == "__main__":

@@ -7,10 +7,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # XLA:CPU runs out of threads, and hangs, with several launches with collectives in flight on more devices than cores.
 os.environ["NPROC"] = "16"
 # Most of the tests' time is compiling programs that run once: less careful code comes up to four times as fast.
-flags = ["--xla_cpu_parallel_codegen_split_count=1", "--xla_backend_optimization_level=0"]
-# Later releases abort on this one.
-flags += ["--xla_cpu_use_fusion_emitters=false"] * importlib.metadata.version("jaxlib").startswith("0.10.")
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_cpu_parallel_codegen_split_count=1",
+        "--xla_backend_optimization_level=0",
+        # Later releases abort on this one.
+        *["--xla_cpu_use_fusion_emitters=false"] * importlib.metadata.version("jaxlib").startswith("0.10."),
+    ]
+)
 
 import jax
 import pytest

@@ -1,9 +1,7 @@
 """A Hugging Face checkpoint onto a mesh: every device's shard is read from the bytes it needs and no others."""
 
-import math
 import re
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxmoe.checkpoints.placing import AHEAD, place
+from jaxmoe.checkpoints.placing import local_bytes, place
 from jaxmoe.checkpoints.reading import SCALE, Block, ParameterReader, is_quantised, scale_shape
 from jaxmoe.checkpoints.safetensors import DTYPES, SafetensorsCheckpoint, StoredTensor, read_json, tensor_names
 from jaxmoe.errors import CheckpointError
@@ -105,27 +103,25 @@ def load_params(
     if problems:
         raise CheckpointError(f"{folder} does not hold what its config.json promises: {'; '.join(problems)}")
 
-    total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values())
+    shardings = {path: jax.sharding.NamedSharding(mesh, specs[path]) for path in leaves}
+    total = sum(local_bytes(leaf, shardings[path]) for path, leaf in leaves.items())
     done = 0
 
-    def advance(size: int) -> None:
+    def report(placed: int) -> None:
         nonlocal done
-        done += size
+        done += placed
         progress(done, total)
 
     params: dict[str, Any] = {}
-    with ThreadPoolExecutor(AHEAD) as pool:
-        for path, leaf in leaves.items():
-            key = chosen[path]
-            layers = config.stacks[key.stack] if key.per_layer else (0,)
-            read = ParameterReader(
-                tensors, key, leaf.shape, layers, slot_expert, config.experts, leaf.dtype, block_size
-            )
-            *parents, name = path.split(".")
-            node = params
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[name] = place(read, leaf.shape, jax.sharding.NamedSharding(mesh, specs[path]), pool, advance)
+    for path, leaf in leaves.items():
+        key = chosen[path]
+        layers = config.stacks[key.stack] if key.per_layer else (0,)
+        reader = ParameterReader(tensors, key, leaf.shape, layers, slot_expert, config.experts, leaf.dtype, block_size)
+        *parents, name = path.split(".")
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = place(reader.read, leaf.shape, leaf.dtype, shardings[path], key.stacked, report)
     return params
 
 

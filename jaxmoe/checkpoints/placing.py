@@ -4,9 +4,9 @@ import collections
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxmoe.checkpoints.reading import ParameterReader, Window, dequantise
+from jaxmoe.checkpoints.reading import Piece, Window, dequantise
 
 # Shards of at most so many bytes come with all their layers at once, which compiles nothing.
 SMALL = 1 << 20
@@ -28,66 +28,80 @@ Result = TypeVar("Result")
 
 
 def place(
-    read: ParameterReader,
+    read: Callable[[Window], Piece],
     shape: tuple[int, ...],
+    dtype: Any,
     sharding: NamedSharding,
-    pool: Executor,
-    advance: Callable[[int], None] = lambda size: None,
+    stacked: int,
+    report: Callable[[int], None] = lambda placed: None,
 ) -> jax.Array:
-    """The whole parameter, its shards where `sharding` says; an axis over layers is never split.
+    """An array of which every device's shard comes from `read`, once for all devices that hold the same.
 
-    A shard is read once for all devices that hold it. Large shards of stacked parameters are filled piece by piece, so
-    that the host holds little of them, and a device a piece or two beside the shard.
-    advance: called with the bytes that were placed since the last call, of the whole parameter.
+    stacked: how many leading axes are layers (never split) and slots. Large shards of stacked parameters are filled
+    piece by piece, so that the host holds a few pieces, and a device one or two beside its shard.
+    report: called with the bytes that were placed.
     """
+    dtype = np.dtype(dtype)
     holders: dict[Window, list[jax.Device]] = collections.defaultdict(list)
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         holders[tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))].append(device)
-    if read.key.per_layer and math.prod(sharding.shard_shape(shape)) * read.dtype.itemsize > SMALL:
-        return _fill(read, shape, sharding, holders, pool, advance)
+    if stacked and math.prod(sharding.shard_shape(shape)) * dtype.itemsize > SMALL:
+        return _fill(read, shape, dtype, sharding, stacked, holders, report)
 
     def copy(shard: tuple[Window, list[jax.Device]]) -> list[jax.Array]:
         window, devices = shard
-        return _on_each(read(window), devices)
+        return _on_each(read(window).converted(dtype), devices)
 
-    shards = [array for copies in _ahead(pool, copy, holders.items()) for array in copies]
-    advance(math.prod(shape) * read.dtype.itemsize)
+    shards = []
+    for copies in _ahead(copy, holders.items()):
+        shards += copies
+        report(sum(array.nbytes for array in copies))
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
+def local_bytes(leaf: Any, sharding: NamedSharding) -> int:
+    """Of all shards on this host's devices."""
+    shard = math.prod(sharding.shard_shape(leaf.shape))
+    return shard * np.dtype(leaf.dtype).itemsize * len(sharding.addressable_devices)
+
+
 def _fill(
-    read: ParameterReader,
+    read: Callable[[Window], Piece],
     shape: tuple[int, ...],
+    dtype: np.dtype[Any],
     sharding: NamedSharding,
-    holders: dict[Window, list[jax.Device]],
-    pool: Executor,
-    advance: Callable[[int], None],
+    stacked: int,
+    holders: Mapping[Window, list[jax.Device]],
+    report: Callable[[int], None],
 ) -> jax.Array:
-    mesh = sharding.mesh
+    mesh, shard = sharding.mesh, sharding.shard_shape(shape)
     assert isinstance(mesh, Mesh)
     # What devices get may differ in form from what they keep: a row of its own for each, whatever the mesh.
     rows = NamedSharding(mesh, P(mesh.axis_names))
 
-    def copy(part: tuple[Window, list[jax.Device]]) -> list[list[jax.Array]]:
+    def copy(part: tuple[Window, list[jax.Device]]) -> tuple[tuple[int, ...], list[list[jax.Array]]]:
         window, devices = part
-        return jax.block_until_ready([_on_each(array[None], devices) for array in read.read(window).arrays])
+        piece = read(window)
+        return piece.order, jax.block_until_ready([_on_each(array[None], devices) for array in piece.arrays])
 
-    # All shards of a layer, then the next: what they share on disk is read once.
-    steps = list(_steps(sharding.shard_shape(shape), read))
-    parts = [(_within(window, start, stop), devices) for start, stop in steps for window, devices in holders.items()]
-    filled = jax.jit(functools.partial(jnp.zeros, shape, read.dtype), out_shardings=sharding)()
-    update = _update(mesh, sharding.spec, read.order)
-    copied = _ahead(pool, copy, parts)
-    for start, _ in steps:
+    # All shards of a layer, then the next: bytes that shards share on disk are still in memory.
+    sizes = _piece_sizes(shard[:stacked], math.prod(shard[stacked:]) * dtype.itemsize)
+    steps = [range(0, length, size) for length, size in zip(shard, sizes, strict=False)]
+    starts = list(itertools.product(*steps))
+    parts = [(_within(window, start, sizes), devices) for start in starts for window, devices in holders.items()]
+    filled = jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
+    copied = _ahead(copy, parts)
+    for start in starts:
+        orders, arrived = zip(*(next(copied) for _ in holders), strict=True)
         inputs = []
-        for copies in zip(*(next(copied) for _ in holders), strict=True):
-            shards = [array for of_part in copies for array in of_part]
+        for copies in zip(*arrived, strict=True):
+            shards = list(itertools.chain(*copies))
             whole = (mesh.size, *shards[0].shape[1:])
             inputs.append(jax.make_array_from_single_device_arrays(whole, rows, shards))
-        filled = update(filled, np.array(start, np.int32), *inputs)
+        filled = _update(mesh, sharding.spec, orders[0])(filled, np.array(start, np.int32), *inputs)
         # A piece lies twice on its device until it is in its place; this keeps others from coming meanwhile.
         filled.block_until_ready()
-        advance(filled.nbytes // len(steps))
+        report(sum(one.data.nbytes for one in filled.addressable_shards) // len(starts))
     return filled
 
 
@@ -97,21 +111,20 @@ def _on_each(array: np.ndarray, devices: list[jax.Device]) -> list[jax.Array]:
     return [first, *(jax.device_put(first, device) for device in devices[1:])]
 
 
-def _steps(shard: tuple[int, ...], read: ParameterReader) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Where the pieces of a shard start and stop along its leading axes: layers, and slots if it has any."""
-    stacked = shard[: read.key.stacked]
-    slots = stacked[1] if read.key.per_expert else 1
-    each = math.prod(shard[1:]) * read.dtype.itemsize // slots
-    portion = max(size for size in range(1, slots + 1) if slots % size == 0 and (size == 1 or size * each <= PORTION))
-    sizes = (1, portion)[: len(stacked)]
-    for start in itertools.product(*(range(0, length, size) for length, size in zip(stacked, sizes, strict=True))):
-        yield start, tuple(at + size for at, size in zip(start, sizes, strict=True))
+def _piece_sizes(stacked: tuple[int, ...], each: int) -> tuple[int, ...]:
+    """How many layers, and slots if there are any, make a piece. each: bytes of one slot of one layer."""
+    fitting = [
+        slots
+        for slots in range(1, stacked[-1] + 1)
+        if stacked[-1] % slots == 0 and (slots == 1 or slots * each <= PORTION)
+    ]
+    return (1, max(fitting))[: len(stacked)]
 
 
-def _within(window: Window, start: tuple[int, ...], stop: tuple[int, ...]) -> Window:
-    """The part of a shard's window between these places of the shard's own leading axes."""
-    leading = zip(window, start, stop)  # noqa: B905 - the shorter ends it
-    return (*((first + begin, first + end) for (first, _), begin, end in leading), *window[len(start) :])
+def _within(window: Window, start: tuple[int, ...], sizes: tuple[int, ...]) -> Window:
+    """The piece of a shard that starts so far into its leading axes."""
+    pieces = [(first + at, first + at + size) for (first, _), at, size in zip(window, start, sizes, strict=False)]
+    return (*pieces, *window[len(start) :])
 
 
 @functools.cache
@@ -135,12 +148,13 @@ def _update(mesh: Mesh, spec: P, order: tuple[int, ...]) -> Callable[..., jax.Ar
     return jax.jit(update, donate_argnums=0)
 
 
-def _ahead(pool: Executor, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+def _ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """Like map, with AHEAD calls under way or done and not yet taken."""
     pending: collections.deque[Future[Result]] = collections.deque()
-    for item in items:
-        pending.append(pool.submit(function, item))
-        if len(pending) == AHEAD:
+    with ThreadPoolExecutor(AHEAD) as pool:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) == AHEAD:
+                yield pending.popleft().result()
+        while pending:
             yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()

@@ -31,21 +31,28 @@ def scale_shape(shape: Sequence[int], block: Block) -> tuple[int, int]:
 class Piece(NamedTuple):
     """A window of a parameter; of a quantised one, with what it takes to dequantise it.
 
-    values: in memory order, perhaps a strided view of stored order.
+    values: in memory order, perhaps a strided view of stored order. order: what took them there.
     scale: in stored order, for every row one number a block of columns. columns: every column's block.
     """
 
     values: np.ndarray
+    order: tuple[int, ...] = ()
     scale: np.ndarray | None = None
     columns: np.ndarray | None = None
 
     @property
     def arrays(self) -> list[np.ndarray]:
-        return [array for array in self if array is not None]
+        return [array for array in (self.values, self.scale, self.columns) if array is not None]
+
+    def converted(self, dtype: np.dtype[Any]) -> np.ndarray:
+        """Dequantised on the host."""
+        arrays = self.arrays
+        values = arrays[0] if len(arrays) == 1 else dequantise(*arrays, order=self.order, np=np)
+        return values.astype(dtype, copy=False)
 
 
 def dequantise(values: Any, scale: Any, columns: Any, *, order: Sequence[int], np: ModuleType) -> Any:
-    """float32(value) * scale of its block, of a Piece. order: its reader's. np: numpy or jax.numpy."""
+    """float32(value) * scale of its block, of a Piece. np: numpy or jax.numpy."""
     return values.astype(np.float32) * np.take(scale, columns, axis=-1).transpose(order)
 
 
@@ -78,9 +85,7 @@ class ParameterReader:
 
     def __call__(self, window: Window) -> np.ndarray:
         """The window in the parameter's dtype, perhaps as a strided view."""
-        piece = self.read(window)
-        values = piece.values if piece.scale is None else dequantise(*piece, order=self.order, np=np)
-        return values.astype(self.dtype, copy=False)
+        return self.read(window).converted(self.dtype)
 
     def read(self, window: Window) -> Piece:
         """The window as it is best brought to a device: in the parameter's dtype, or quantised as it is stored."""
@@ -98,9 +103,9 @@ class ParameterReader:
         values = np.empty([*rows, *(len(inner[axis]) for axis in self.stored)], dtype)
         self._copy(sources, inner, values.reshape(len(sources), *values.shape[len(rows) :]))
         if not quantised:
-            return Piece(values.transpose(self.order))
+            return Piece(values.transpose(self.order), self.order)
         scale, columns = self._scale(sources, inner)
-        return Piece(values.transpose(self.order), scale.reshape(*rows, *scale.shape[1:]), columns)
+        return Piece(values.transpose(self.order), self.order, scale.reshape(*rows, *scale.shape[1:]), columns)
 
     def _source(self, place: tuple[int, ...]) -> tuple[str, int]:
         """The tensor's name, and the expert within it where it holds all, at an index of the leading axes."""

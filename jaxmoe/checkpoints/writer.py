@@ -1,17 +1,21 @@
-"""Parameters to a Hugging Face checkpoint: the key table read backwards, one tensor at a time."""
+"""Parameters to a Hugging Face checkpoint: the key table read backwards, a tensor at a time.
+
+The format: https://huggingface.co/docs/safetensors
+"""
 
 import dataclasses
-import functools
-import itertools
 import json
+import math
 import struct
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmoe.checkpoints.loader import Progress
 from jaxmoe.checkpoints.safetensors import INDEX, SINGLE
 from jaxmoe.models.config import ModelConfig
 from jaxmoe.models.keys import Key, Keys
@@ -23,16 +27,36 @@ MAX_FILE_BYTES = 5_000_000_000
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor to be written; `make` fetches it from its devices."""
+    """One tensor to be written, of a parameter that may still lie on devices.
+
+    row: among the layers of the key's stack. slots: of its experts, one or all. part: of two that lie side by side.
+    shape, dtype: on disk.
+    """
 
     name: str
+    key: Key
+    leaf: Any
+    row: int
+    slots: tuple[int, ...]
+    part: int
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    make: Callable[[], np.ndarray]
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> np.ndarray:
+        """As it lies on disk. No more of the parameter than this comes to the host."""
+        if self.key.experts_together:
+            memory = np.empty((len(self.slots), *self.leaf.shape[2:]), self.leaf.dtype)
+            for expert, slot in enumerate(self.slots):
+                memory[expert] = read_slice(self.leaf, (self.row, slot))
+        else:
+            memory = read_slice(self.leaf, (self.row, *self.slots) if self.key.per_layer else ())
+        if len(self.key.tensors) > 1:
+            memory = np.take(memory, self.part, axis=self.key.part_axis)
+        return self.key.to_stored(memory.astype(self.dtype, copy=False))
 
 
 def save_hf(
@@ -45,41 +69,39 @@ def save_hf(
     wide: Collection[str] = (),
     slot_expert: np.ndarray | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> int:
-    """Writes `model.safetensors`, or several files and their index where one would pass `max_file_bytes`.
+    """Writes the weights into an existing folder; returns their bytes. The host holds one tensor at a time.
 
-    wide: parameters that stay float32. slot_expert [mixtures, S]: where slots are not the experts in order.
-    The host holds a layer of one parameter at a time. Returns the bytes written.
-    The format: https://huggingface.co/docs/safetensors (header length, JSON header, raw tensors).
+    wide: parameters that are float32 whatever the others are (`Decoder.wide`).
+    slot_expert [mixtures, S]: the expert of every slot of `params`; None where slots are the experts in order.
+    max_file_bytes: weights that fit into one file are `model.safetensors`, else files are numbered and an index that is
+        written last names them.
+    progress: called with bytes written and bytes in all.
     """
-    tensors = list(tensors_of(keys, config, params, dtype, wide, slot_expert))
-    total, done = sum(tensor.nbytes for tensor in tensors), 0
-    files: list[list[Tensor]] = [[]]
-    for tensor in tensors:
-        if files[-1] and sum(other.nbytes for other in files[-1]) + tensor.nbytes > max_file_bytes:
-            files.append([])
-        files[-1].append(tensor)
-    names = [SINGLE] if len(files) == 1 else [
-        f"model-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)
-    ]  # fmt: skip
-    for name, held in zip(names, files, strict=True):
-        fresh = out / (name + ".new")
+    files = _split(list(stored_tensors(keys, config, params, dtype, wide, slot_expert)), max_file_bytes)
+    total = sum(tensor.nbytes for tensors in files for tensor in tensors)
+    done = 0
+    weight_map: dict[str, str] = {}
+    for number, tensors in enumerate(files, 1):
+        name = SINGLE if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
+        weight_map |= {tensor.name: name for tensor in tensors}
+        fresh = out / f"{name}.new"
         with fresh.open("wb") as file:
-            file.write(_header(held))
-            for tensor in held:
-                file.write(np.ascontiguousarray(tensor.make()).view(np.uint8).data)
+            file.write(_header(tensors))
+            for tensor in tensors:
+                # Half-precision types have no buffers of their own.
+                file.write(tensor.read().reshape(-1).view(np.uint8).data)
                 done += tensor.nbytes
                 progress(done, total)
         fresh.rename(out / name)
     if len(files) > 1:
-        weight_map = {tensor.name: name for name, held in zip(names, files, strict=True) for tensor in held}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return total
 
 
-def tensors_of(
+def stored_tensors(
     keys: Keys,
     config: ModelConfig,
     params: Mapping[str, Any],
@@ -87,60 +109,69 @@ def tensors_of(
     wide: Collection[str] = (),
     slot_expert: np.ndarray | None = None,
 ) -> Iterator[Tensor]:
-    """Every tensor by its name on disk, those of a layer of one parameter next to each other."""
-    leaves, layers = dict(flat(params)), _Layers()
-    for path, key in keys.items():
-        if path not in leaves:
+    """Every tensor by its first name, layer after layer."""
+    found: list[tuple[int, Tensor]] = []
+    for path, leaf in flat(params):
+        key = keys[path]
+        stored = np.dtype(np.float32 if path in wide else dtype)
+        shape = key.stored_shape(key.sizes(leaf.shape[key.stacked :], config.experts))
+        for row, layer in enumerate(config.stacks[key.stack] if key.per_layer else (-1,)):
+            slots = _first_slots(config.experts, slot_expert, row) if key.per_expert else []
+            apart = key.per_expert and not key.experts_together
+            for expert in range(config.experts) if apart else (0,):
+                held = (slots[expert],) if apart else tuple(slots)
+                for part, name in enumerate(key.tensors):
+                    named = name.format(layer=layer, expert=expert)
+                    found.append((layer, Tensor(named, key, leaf, row, held, part, shape, stored)))
+    # What belongs to no layer comes first.
+    return (tensor for _, tensor in sorted(found, key=lambda entry: entry[0]))
+
+
+def read_slice(leaf: Any, place: Sequence[int]) -> np.ndarray:
+    """`leaf[place]` on the host, put together from the shards that it touches."""
+    if not isinstance(leaf, jax.Array):
+        return np.asarray(leaf)[tuple(place)]
+    out: np.ndarray | None = None
+    seen = set()
+    for shard in leaf.addressable_shards:
+        window = tuple(part.indices(size)[:2] for part, size in zip(shard.index, leaf.shape, strict=True))
+        outer, inner = window[: len(place)], window[len(place) :]
+        if inner in seen or not all(start <= at < stop for at, (start, stop) in zip(place, outer, strict=True)):
             continue
-        leaf, kept = leaves[path], np.dtype(np.float32 if path in wide else dtype)
-        sizes = key.sizes(leaf.shape[key.stacked :], config.experts)
-        shape = key.stored_shape(sizes)
-        for row, layer in enumerate(config.stacks[key.stack]) if key.per_layer else ((None, 0),):
-            slots = None
-            if key.per_expert:
-                assert row is not None
-                slots = np.arange(config.experts) if slot_expert is None else first_slots(slot_expert[row], config)
-            fetch = functools.partial(layers, path, leaf, row, slots)
-            several = range(config.experts) if "{expert}" in key.tensors[0] else (None,)
-            for expert, part in itertools.product(several, range(len(key.tensors))):
-                name = key.tensors[part].format(layer=layer, expert=expert)
-                yield Tensor(name, shape, kept, _maker(fetch, key, expert, part, kept))
+        seen.add(inner)
+        # What is on the host already is looked at; elsewhere the device cuts it out.
+        held = np.asarray(shard.data) if shard.device.platform == "cpu" else shard.data
+        piece = np.asarray(held[tuple(at - start for at, (start, _) in zip(place, outer, strict=True))])
+        if piece.shape == leaf.shape[len(place) :]:
+            return piece
+        if out is None:
+            out = np.empty(leaf.shape[len(place) :], leaf.dtype)
+        out[tuple(slice(*bounds) for bounds in inner)] = piece
+    assert out is not None
+    return out
 
 
-def first_slots(slot_expert: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """Of every expert the first slot that holds it, in one layer."""
-    return np.array([int(np.flatnonzero(slot_expert == expert)[0]) for expert in range(config.experts)])
+def _first_slots(experts: int, slot_expert: np.ndarray | None, row: int) -> list[int]:
+    if slot_expert is None:
+        return list(range(experts))
+    return [int(np.argmax(slot_expert[row] == expert)) for expert in range(experts)]
 
 
-class _Layers:
-    """Layers of parameters on the host, experts in order; the last one is remembered for its next tensor."""
-
-    def __init__(self) -> None:
-        self._key: tuple[str, int | None] | None = None
-        self._layer = np.empty(0)
-
-    def __call__(self, path: str, leaf: Any, row: int | None, slots: np.ndarray | None) -> np.ndarray:
-        if self._key != (path, row):
-            self._key, self._layer = None, np.empty(0)  # before the next is fetched
-            layer = np.asarray(leaf if row is None else leaf[row])
-            self._key, self._layer = (path, row), layer if slots is None else layer[slots]
-        return self._layer
-
-
-def _maker(
-    fetch: Callable[[], np.ndarray], key: Key, expert: int | None, part: int, dtype: np.dtype[Any]
-) -> Callable[[], np.ndarray]:
-    def make() -> np.ndarray:
-        memory = fetch() if expert is None else fetch()[expert]
-        if len(key.tensors) > 1:
-            assert key.part_axis is not None
-            memory = np.take(memory, part, axis=key.part_axis)
-        return key.to_stored(memory).astype(dtype)
-
-    return make
+def _split(tensors: list[Tensor], max_file_bytes: int) -> list[list[Tensor]]:
+    """In order, each file as full as it gets; one that is larger than a file has a file of its own."""
+    files: list[list[Tensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if files[-1] and size + tensor.nbytes > max_file_bytes:
+            files.append([])
+            size = 0
+        files[-1].append(tensor)
+        size += tensor.nbytes
+    return files
 
 
 def _header(tensors: list[Tensor]) -> bytes:
+    """Length, and JSON padded so that the data are aligned."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:

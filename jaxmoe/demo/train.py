@@ -330,7 +330,7 @@ def report(trainer: Trainer, val: Mapping[str, np.ndarray]) -> str:
     lines = ["| domain | cross-entropy | last layer, % of tokens per expert | max/mean |", "|---|---|---|---|"]
     for name, tokens in val.items():
         loss, loads = trainer.evaluate(tokens)
-        last = loads[-1]
+        last = loads[sum(kind.moe for kind in trainer.config.kinds) - 1]  # of the main model
         lines.append(
             f"| {name} | {loss:.2f} | {' '.join(f'{100 * x:.0f}' for x in last)} | {last.max() / last.mean():.2f} |"
         )

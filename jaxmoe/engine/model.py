@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from jaxmoe.checkpoints.loader import (
     read_quantization,
 )
 from jaxmoe.checkpoints.native import is_native, load_native
+from jaxmoe.engine.pages import pages_reached
 from jaxmoe.errors import ConfigError, InvalidRequestError
 from jaxmoe.models.config import ModelConfig, token_ids
 from jaxmoe.models.decoder import RANK_ROWS, Decoder, Execution, merge
@@ -35,7 +37,6 @@ from jaxmoe.moe.placement import initial_placement
 from jaxmoe.sharding.devices import virtual_devices
 from jaxmoe.sharding.mesh import RANKS, MeshSpec, make_mesh, slots_for
 from jaxmoe.sharding.rules import check_divisible
-from jaxmoe.spans import Span
 
 Progress = Callable[[str, int, int], None]
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -72,6 +73,7 @@ class Model:
         self.dtype = jnp.dtype(DTYPES[dtype])
         self.execution = execution
         self.mesh_spec = MeshSpec.parse(mesh) if isinstance(mesh, str) else mesh
+        native = self.folder is not None and is_native(self.folder)
         hf = read_config(self.folder) if self.folder else read_preset(random_weights or "")
         generation = read_generation_config(self.folder) if self.folder else {}
         family = family_of(hf)
@@ -85,6 +87,7 @@ class Model:
         }
         if (
             self.folder
+            and not native
             and self.config.mtp_layers
             and not has_tensors(self.folder, f"model.layers.{self.config.layers}.")
         ):
@@ -112,9 +115,13 @@ class Model:
         what = (self.folder, self.abstract, family.keys, self.config, slot_expert, self.mesh)
         if is_native(self.folder):
             return load_native(*what, progress=progress)
+        ignored, further = family.ignored, f"model.layers.{self.config.layers}."
+        if not self.config.mtp_layers and has_tensors(self.folder, further + "eh_proj."):
+            # A layer of further prediction that the config does not ask for; any other layer too many is an error.
+            ignored += rf"|{re.escape(further)}.*"
         return load_params(
             *what,
-            ignored=family.ignored,
+            ignored=ignored,
             prefix=family.prefix,
             block_size=read_quantization(hf if "quantization_config" in hf else text_config(hf)),
             progress=progress,
@@ -259,12 +266,6 @@ class Model:
             return model.logits(hidden).astype(jnp.float32)
 
         return jax.jit(forward)
-
-
-def pages_reached(span: Span, tokens: int, page_size: int, total: int) -> int:
-    """The most pages that `tokens` consecutive queries of one sequence look into, of `total` that it has."""
-    reach = span.reach(tokens)
-    return total if reach is None else min(total, -(-(reach + page_size - 1) // page_size))
 
 
 def _split_sizes(config: ModelConfig) -> dict[str, int]:

@@ -23,7 +23,8 @@ from jaxmoe.sharding.rules import partition
 
 # Arrays of one group: keys (already rotated) and values [L, pages of all ranks, page, Kv, d], or where attention is
 # latent a single one, of the normed latent and the rotated key of all heads [L, pages of all ranks, page, r + dr].
-Pages: TypeAlias = tuple[Float[Array, "L pages_of_all_ranks page *vector"], ...]
+# The axes with an underscore differ from group to group, so no two arrays of a cache are held to the same.
+Pages: TypeAlias = tuple[Float[Array, "_L _pages_of_all_ranks page *vector"], ...]
 KVCache: TypeAlias = tuple[Pages, ...]
 
 

@@ -47,6 +47,7 @@ _MIXTRAL = {
     "architectures": ["MixtralForCausalLM"],
     "vocab_size": 32000,
     "num_key_value_heads": 8,
+    "head_dim": 128,
     "num_local_experts": 8,
     "num_experts_per_tok": 2,
     "rms_norm_eps": 1e-5,

@@ -1,160 +1,164 @@
-"""The native format, and conversion both ways: bit by bit, on any mesh, whole or not at all."""
-
 import json
-import shutil
-import signal
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
-import torch
-import transformers
-from safetensors.numpy import load_file
+import tensorstore as ts
+from orbax.checkpoint import v1 as ocp
 
-from jaxmoe import convert
-from jaxmoe.checkpoints import native
+from jaxmoe.checkpoints import native as format_
+from jaxmoe.checkpoints.folders import UNFINISHED, write_config
+from jaxmoe.checkpoints.loader import read_config
+from jaxmoe.checkpoints.native import MANIFEST, PARAMS, StoredReader, load_native, save_native
 from jaxmoe.engine.model import Model
 from jaxmoe.errors import CheckpointError
 
-FAMILIES = ["mixtral", "deepseek_v3", "llama4"]
+SMALL = {
+    "mixtral": {"num_hidden_layers": 2},
+    "deepseek_v3": {"num_hidden_layers": 2, "num_nextn_predict_layers": 1},
+    "llama4": {"num_hidden_layers": 4},
+}
 
 
-@pytest.fixture(scope="module")
-def converted(reference_checkpoint, tmp_path_factory):
-    """`converted(family, *options)`: the folder that convert made of a reference checkpoint, on four devices."""
-    made = {}
-
-    def make(family, *options):
-        if (family, options) not in made:
-            folder = tmp_path_factory.mktemp("converted") / family
-            run(reference_checkpoint(family).folder, folder, "--mesh", "ep=4", *options)
-            made[family, options] = folder
-        return made[family, options]
-
-    return make
+def save(model, folder, dtype):
+    folder.mkdir()
+    write_config(folder, read_config(model.folder), dtype, model.config.mtp_layers)
+    slots = np.asarray(model.placement.slot_expert)
+    save_native(folder, model.abstract.keys, model.config, model.params, slots, dtype)
+    return folder
 
 
-def run(*arguments, code=0):
-    assert convert.main([str(argument) for argument in arguments]) == code
+def bits(params):
+    return jax.tree.map(lambda leaf: (leaf.dtype.name, np.asarray(leaf).tobytes()), params)
 
 
-def same_bits(left, right):
-    def same(one, other):
-        assert one.dtype == other.dtype
-        assert one.sharding == other.sharding
-        np.testing.assert_array_equal(np.asarray(one).view(np.uint8), np.asarray(other).view(np.uint8))
-
-    jax.tree.map(same, left, right)
+@pytest.fixture
+def native(reference_checkpoint, tmp_path):
+    return save(Model(reference_checkpoint().folder, "ep=4"), tmp_path / "native", "float32")
 
 
-@pytest.mark.parametrize("mesh", ["ep=8", "ep=3", "dp=2,tp=2"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_what_four_devices_saved_loads_bit_by_bit_on_any_mesh(reference_checkpoint, converted, family, mesh):
-    same_bits(Model(converted(family), mesh).params, Model(reference_checkpoint(family).folder, mesh).params)
+def change_json(file, **values):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_is_kept_bit_by_bit_and_routers_in_full(reference_checkpoint, converted, dtype):
-    folder = converted("deepseek_v3", "--dtype", dtype)
-    expected = Model(reference_checkpoint("deepseek_v3").folder, dtype=dtype).params
-    same_bits(Model(folder, dtype=dtype).params, expected)
-    assert expected["router"].dtype == np.float32
-    widened = Model(folder).params
-    assert {leaf.dtype for leaf in jax.tree.leaves(widened)} == {np.dtype("float32")}
-    np.testing.assert_array_equal(widened["norm"], np.asarray(expected["norm"]).astype(np.float32))
-
-
-def test_experts_that_slots_repeat_are_saved_once(reference_checkpoint, converted, tmp_path):
-    run(reference_checkpoint().folder, tmp_path / "of_three", "--mesh", "ep=3")
-    same_bits(Model(tmp_path / "of_three").params, Model(converted("mixtral")).params)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_checkpoint_comes_back_as_it_went_in_many_files(reference_checkpoint, converted, tmp_path, family):
-    original = reference_checkpoint(family)
-    run(converted(family), tmp_path / "back", "--to", "hf", "--max-file-size", "0.00008")
-    files = sorted((tmp_path / "back").glob("*.safetensors"))
-    assert len(files) > 1
-    stored = {name: array for file in files for name, array in load_file(file).items()}
-    expected = load_file(original.folder / "model.safetensors")
-    assert stored.keys() == expected.keys()
-    for name, array in expected.items():
-        np.testing.assert_array_equal(stored[name], array, name)
-    there = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "back", attn_implementation="eager", experts_implementation="eager"
-    )
-    with torch.no_grad():
-        logits = there(torch.tensor(original.tokens), use_cache=False).logits.numpy()
-    np.testing.assert_allclose(logits, original.logits, atol=1e-5)
-
-
-def test_a_multimodal_checkpoint_is_written_as_its_text_model(reference_checkpoint, tmp_path):
-    original = reference_checkpoint("llama4", multimodal=True)
-    run(original.folder, tmp_path / "text", "--to", "hf")
-    assert json.loads((tmp_path / "text" / "config.json").read_text())["model_type"] == "llama4_text"
-    np.testing.assert_allclose(Model(tmp_path / "text").logits(original.tokens), original.logits, atol=5e-4, rtol=0)
-
-
-def test_fp8_weights_are_written_as_numbers(reference_checkpoint, tmp_path):
-    original = reference_checkpoint("deepseek_v3", fp8=(16, 16))
-    run(original.folder, tmp_path / "hf", "--to", "hf", "--dtype", "float32")
-    assert "quantization_config" not in json.loads((tmp_path / "hf" / "config.json").read_text())
-    same_bits(Model(tmp_path / "hf").params, Model(original.folder).params)
-
-
-def test_an_existing_folder_is_replaced_only_when_told(reference_checkpoint, tmp_path, capsys):
-    target = tmp_path / "there"
-    target.mkdir()
-    (target / "precious").touch()
-    run(reference_checkpoint().folder, target, code=2)
-    assert f"{target} exists" in capsys.readouterr().err
-    assert (target / "precious").exists()
-    run(reference_checkpoint().folder, target, "--force")
-    assert not (target / "precious").exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["there"]
-
-
-@pytest.mark.parametrize("stage", ["ocp.save", "_sync"])
-def test_a_conversion_that_fails_leaves_nothing(reference_checkpoint, tmp_path, monkeypatch, stage):
-    def fail(*arguments, **options):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(f"jaxmoe.checkpoints.native.{stage}", fail)
-    with pytest.raises(OSError, match="no space left"):
-        convert.main([str(reference_checkpoint().folder), str(tmp_path / "out")])
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_conversion_that_is_killed_leaves_nothing_that_loads(tmp_path):
-    program = (
-        "import sys, time, jaxmoe.checkpoints.native as native, jaxmoe.convert as convert\n"
-        "native.ocp.save, save = lambda *a: (save(*a), print('saved', flush=True), time.sleep(60)), native.ocp.save\n"
-        f"convert.main(['demo:mixtral', {str(tmp_path / 'out')!r}])"
-    )
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "saved\n"
-        process.send_signal(signal.SIGKILL)
-    left = list(tmp_path.iterdir())
-    assert [path.name for path in left] == ["out.unfinished"]
-    with pytest.raises(CheckpointError):
-        Model(left[0])
-    run("demo:mixtral", tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    Model(tmp_path / "out")
-
-
-def test_a_folder_without_its_manifest_is_told(converted, tmp_path):
-    folder = shutil.copytree(converted("mixtral"), tmp_path / "copy")
-    (folder / native.MANIFEST).unlink()
-    with pytest.raises(CheckpointError, match="its conversion did not finish; delete it"):
+def error_of(folder):
+    with pytest.raises(CheckpointError) as error:
         Model(folder)
+    return str(error.value)
 
 
-def test_a_config_of_another_model_is_told(converted, tmp_path):
-    folder = shutil.copytree(converted("mixtral"), tmp_path / "copy")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "num_local_experts": 3}))
-    with pytest.raises(CheckpointError, match=r"does not hold what its config.json promises: experts\.down, experts"):
-        Model(folder)
+@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_bit_comes_back(reference_checkpoint, tmp_path, family, dtype):
+    model = Model(reference_checkpoint(family, **SMALL[family]).folder, dtype=dtype)
+    again = Model(save(model, tmp_path / "native", dtype), dtype=dtype)
+    assert bits(again.params) == bits(model.params)
+    assert again.config.kinds == model.config.kinds
+    if family == "deepseek_v3":
+        assert again.params["router"].dtype == np.float32
+
+
+@pytest.mark.parametrize("saved", ["ep=4", "ep=3", "dp=2,tp=2"])
+def test_what_one_mesh_saved_every_mesh_loads(reference_checkpoint, tmp_path, saved):
+    source = reference_checkpoint().folder
+    folder = save(Model(source, saved), tmp_path / "native", "float32")
+    for mesh in ("dp=1,ep=1", "ep=8", "dp=2,tp=2", "ep=3", "dp=2,ep=2,tp=2"):
+        expected, loaded = Model(source, mesh), Model(folder, mesh)
+        assert bits(loaded.params) == bits(expected.params), mesh
+        shardings = [jax.tree.map(lambda leaf: leaf.sharding, model.params) for model in (expected, loaded)]
+        assert shardings[0] == shardings[1]
+
+
+def test_experts_are_stored_in_their_order_whatever_slots_they_had(reference_checkpoint, tmp_path):
+    model = Model(reference_checkpoint().folder)
+    slots = np.array([[3, 1, 0, 2, 1], [1, 1, 2, 0, 3]])
+    rows = np.arange(2)[:, None]
+    experts = {name: np.asarray(leaf)[rows, slots] for name, leaf in model.params["experts"].items()}
+    params = {**model.params, "experts": experts}
+    save_native(tmp_path, model.abstract.keys, model.config, params, slots, "float32")
+    # Orbax itself reads what was written.
+    assert bits(ocp.load(tmp_path / PARAMS, model.params)) == bits(model.params)
+    loaded = load_native(tmp_path, model.abstract, model.abstract.keys, model.config, slots[:, :4], model.mesh)
+    np.testing.assert_array_equal(loaded["experts"]["down"], experts["down"][:, :4])
+
+
+def test_progress_ends_with_all_bytes(reference_checkpoint, tmp_path):
+    model, written, read = Model(reference_checkpoint().folder), [], []
+    slots = np.asarray(model.placement.slot_expert)
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+    keys = model.abstract.keys
+    save_native(tmp_path, keys, model.config, model.params, slots, "float32", lambda *at: written.append(at))
+    place = (keys, model.config, slots, model.mesh)
+    load_native(tmp_path, model.abstract, *place, progress=lambda *at: read.append(at))
+    for calls in (written, read):
+        assert calls[-1] == (total, total)
+        assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+
+
+def test_weights_are_cast_to_the_compute_dtype(native):
+    expected, loaded = Model(native).params, Model(native, dtype="bfloat16").params
+    rounded = jax.tree.map(lambda leaf: np.asarray(leaf).astype("bfloat16"), expected)
+    assert bits(loaded) == bits(rounded)
+
+
+def test_a_shard_reads_its_own_chunks_alone(reference_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(format_, "CHUNK_BYTES", 1 << 14)
+    model = Model(reference_checkpoint().folder)
+    slots = np.asarray(model.placement.slot_expert)
+    save_native(tmp_path, model.abstract.keys, model.config, model.params, slots, "float32")
+    store = format_._open(tmp_path, "experts.gate_up", ts.Context({"cache_pool": {"total_bytes_limit": 0}}))
+    read, whole = StoredReader(store, slots, np.float32), np.asarray(model.params["experts"]["gate_up"])
+    _bytes_read()
+    shard = read(((0, 2), (1, 2), (0, 32), (0, 2), (0, 40)))
+    np.testing.assert_array_equal(shard, whole[:, 1:2])
+    assert shard.nbytes <= _bytes_read() < 1.5 * shard.nbytes < whole.nbytes / 2
+
+
+def _bytes_read():
+    """Since the last call."""
+    metric = "/tensorstore/kvstore/file/bytes_read"
+    found = ts.experimental_collect_matching_metrics(metric)
+    total = sum(value["value"] for entry in found for value in entry["values"])
+    last, _bytes_read.last = getattr(_bytes_read, "last", 0), total
+    return total - last
+
+
+def test_further_layers_are_there_if_they_were_saved(reference_checkpoint, tmp_path):
+    # transformers saves none of the layers that the config promises.
+    reference = reference_checkpoint("deepseek_v3", **SMALL["deepseek_v3"])
+    model = Model(reference.folder)
+    assert model.config.mtp_layers == 0
+    assert Model(save(model, tmp_path / "native", "float32")).config.mtp_layers == 0
+
+
+def test_a_conversion_that_did_not_finish_is_refused(native):
+    told = "its conversion did not finish; delete it and run convert again"
+    left = native.rename(native.with_name(f"native{UNFINISHED}"))
+    assert told in error_of(left)
+    (left / MANIFEST).unlink()
+    assert told in error_of(left.rename(native))
+
+
+def test_a_manifest_of_another_version_is_refused(native):
+    change_json(native / MANIFEST, format=2)
+    assert "format 2 is not the 1 that this version reads; convert the original" in error_of(native)
+
+
+@pytest.mark.parametrize("parameters", [None, [], {"norm": 3}, {"norm": {"shape": [32]}}])
+def test_a_manifest_without_parameters_is_refused(native, parameters):
+    change_json(native / MANIFEST, parameters=parameters)
+    assert "does not" in error_of(native)
+
+
+def test_a_config_that_the_weights_do_not_fit_is_refused_with_all_differences(native):
+    change_json(native / "config.json", vocab_size=100, tie_word_embeddings=True)
+    error = error_of(native)
+    assert "1 parameters not expected: lm_head" in error
+    assert "1 parameters of another shape: embed is [128, 32], not [100, 32]" in error
+
+
+def test_data_that_are_cut_short_are_refused(native):
+    data = max((native / PARAMS).rglob("*"), key=lambda file: file.stat().st_size if file.is_file() else 0)
+    with data.open("r+b") as file:
+        file.truncate(data.stat().st_size // 2)
+    assert f"{native / PARAMS} cannot be read, convert again" in error_of(native)

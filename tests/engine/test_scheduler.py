@@ -7,23 +7,26 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from jaxmoe.engine.config import EngineConfig
+from jaxmoe.engine.pages import PageGroup, pages_reached
 from jaxmoe.engine.request import Request, SamplingParams
 from jaxmoe.engine.scheduler import Scheduler
 from jaxmoe.errors import ConfigError, DuplicateRequestError, InvalidRequestError, QueueFullError
+from jaxmoe.spans import FULL, Span
 
 VOCAB = 32
 EOS = frozenset({0, 1})
 
 
-def next_token(prefix):
-    return zlib.crc32(bytes(prefix)) % VOCAB
+def next_token(tokens, spans=(FULL,)):
+    """Depends on all that the last token sees through any of the spans."""
+    return zlib.crc32(bytes(token for span in spans for token in tokens[span.first(len(tokens) - 1) :])) % VOCAB
 
 
-def solo_run(request, max_context):
+def solo_run(request, max_context, spans=(FULL,)):
     """Tokens and finish reason of a request that has the model to itself."""
     params, tokens = request.params, list(request.prompt)
     while True:
-        tokens.append(next_token(tokens))
+        tokens.append(next_token(tokens, spans))
         generated = tokens[len(request.prompt) :]
         if tokens[-1] in params.stop_token_ids or (tokens[-1] in EOS and not params.ignore_eos):
             return generated, "stop"
@@ -32,37 +35,53 @@ def solo_run(request, max_context):
 
 
 class PagedModel:
-    """A model whose next token depends on every token before it, read back from the pages that it was written to."""
+    """A model that keeps tokens in pages as a device keeps their keys and values, by group.
 
-    def __init__(self, num_ranks, page_size):
+    Every query must find there, in the pages that its sequence's tables name, each token that it sees.
+    """
+
+    def __init__(self, num_ranks, page_size, spans):
         self.page_size = page_size
-        self.caches = [{} for _ in range(num_ranks)]
+        self.spans = spans
+        self.caches = [[{} for _ in spans] for _ in range(num_ranks)]
 
     def __call__(self, plan):
         sampled = {}
         for sequence, start, length, samples in plan.chunks:
-            cache = self.caches[sequence.rank]
-            slots = [
-                (sequence.pages[position // self.page_size], position % self.page_size)
-                for position in range(start + length)
-            ]
-            cache.update(zip(slots[start:], sequence.tokens[start : start + length], strict=True))
+            for group, span in enumerate(self.spans):
+                self.attend(sequence, group, span, range(start, start + length))
             if samples:
-                sampled[sequence.request.id] = next_token([cache[slot] for slot in slots]), -0.5
+                sampled[sequence.request.id] = next_token(sequence.tokens[: start + length], self.spans), -0.5
         return sampled
 
+    def attend(self, sequence, group, span, queries):
+        cache, tables = self.caches[sequence.rank][group], sequence.tables
 
-def make(num_ranks=1, pages_per_rank=16, max_context=32, page_size=2, **limits):
+        def slot(position):
+            index = position // self.page_size - tables.passed[group]
+            assert index >= 0
+            return tables.pages[group][index], position % self.page_size
+
+        cache.update({slot(query): sequence.tokens[query] for query in queries})
+        for query in queries:
+            first = span.first(query)
+            seen = [cache[slot(position)] for position in range(first, query + 1)]
+            assert seen == sequence.tokens[first : query + 1]
+
+
+def make(num_ranks=1, pages_per_rank=16, max_context=32, page_size=2, spans=(FULL,), **limits):
+    """pages_per_rank: of every group, or of each."""
     config = EngineConfig(page_size=page_size, **{"max_prefill_tokens": 8, **limits})
+    pages = [pages_per_rank] * len(spans) if isinstance(pages_per_rank, int) else pages_per_rank
     scheduler = Scheduler(
         config,
         num_ranks=num_ranks,
-        pages_per_rank=pages_per_rank,
+        groups=list(map(PageGroup, spans, pages)),
         max_context=max_context,
         eos_token_ids=EOS,
         vocab_size=VOCAB,
     )
-    return scheduler, PagedModel(num_ranks, page_size)
+    return scheduler, PagedModel(num_ranks, page_size, spans)
 
 
 def prompt_of(length, first=2):
@@ -105,6 +124,7 @@ def tokens_of(outputs, name):
     return [token for output in outputs if output.request_id == name for token in output.token_ids]
 
 
+SPANS = st.sampled_from([FULL, Span("window", 1), Span("window", 5), Span("chunk", 6), Span("chunk", 16)])
 REQUESTS = st.builds(
     dict,
     length=st.integers(1, 9),
@@ -121,18 +141,26 @@ class AnyUse(RuleBasedStateMachine):
 
     @initialize(
         num_ranks=st.integers(1, 3),
-        page_size=st.integers(1, 3),
-        pages_per_rank=st.integers(5, 9),
-        max_context=st.integers(8, 20),
+        page_size=st.integers(1, 4),
+        groups=st.lists(st.tuples(SPANS, st.integers(5, 9)), min_size=1, max_size=3, unique_by=lambda group: group[0]),
+        max_context=st.integers(8, 40),
         max_batch=st.integers(1, 4),
         max_prefill_tokens=st.integers(1, 8),
         max_prefill_sequences=st.integers(1, 3),
         max_queue=st.integers(1, 6),
     )
-    def start(self, **limits):
+    def start(self, groups, **limits):
         self.limits = limits
-        self.scheduler, self.model = make(**limits)
-        self.max_context = min(limits["max_context"], limits["pages_per_rank"] * limits["page_size"])
+        self.spans, pages_per_rank = zip(*groups, strict=True)
+        self.scheduler, self.model = make(spans=self.spans, pages_per_rank=pages_per_rank, **limits)
+        page_size, max_context = limits["page_size"], limits["max_context"]
+        total = -(-max_context // page_size)
+        self.max_context = min(
+            max_context
+            if pages_reached(span, limits["max_prefill_tokens"], page_size, total) <= pages
+            else min(max_context, pages * page_size)
+            for span, pages in groups
+        )
         self.plan = None
         self.requests = {}  # all that were accepted
         self.untouched = []  # those that never were in a plan, in order of arrival
@@ -196,10 +224,17 @@ class AnyUse(RuleBasedStateMachine):
             assert load.used_pages <= load.total_pages
         if self.plan.empty:
             assert self.scheduler.num_running == self.scheduler.queue_length == 0
+        self.spans_hold_no_more_than_they_see(self.limits["max_prefill_tokens"])
         planned = ranks_of(self.plan)
         assert len(planned) == len(list(self.plan.chunks))
         self.nobody_was_overtaken(planned)
         self.untouched = [request for request in self.untouched if request.id not in planned]
+
+    def spans_hold_no_more_than_they_see(self, at_once):
+        for sequence in (chunk.sequence for chunk in self.plan.chunks):
+            for span, pages in zip(self.spans, sequence.tables.pages, strict=False):
+                if span != FULL:
+                    assert len(pages) <= -(-span.reach(at_once) // self.limits["page_size"]) + 1
 
     def nobody_was_overtaken(self, planned):
         passed_by = []
@@ -240,7 +275,7 @@ class AnyUse(RuleBasedStateMachine):
         assert all(load.used_pages == load.running == load.waiting == 0 for load in self.scheduler.loads())
         assert self.ends.keys() == self.requests.keys()
         for request_id, request in self.requests.items():
-            tokens, reason = solo_run(request, self.max_context)
+            tokens, reason = solo_run(request, self.max_context, self.spans)
             end = self.ends[request_id]
             if end.finish_reason == "abort":
                 assert self.tokens[request_id] == tokens[: len(self.tokens[request_id])]
@@ -458,6 +493,63 @@ def test_a_request_that_could_never_fit_the_cache_is_refused_or_without_max_toke
     outputs = drain(scheduler, model)
     assert len(outputs) == 5
     assert outputs[-1].finish_reason == "length"
+
+
+@pytest.mark.parametrize("span", [Span("window", 1), Span("window", 5), Span("chunk", 6), Span("chunk", 16)])
+def test_a_short_span_takes_no_more_pages_however_long_the_context_grows(span):
+    scheduler, model = make(pages_per_rank=(64, 6), page_size=4, max_context=250, spans=(FULL, span))
+    scheduler.submit(ask("long", 21, max_tokens=None))
+    held = {}
+    for plan, _ in steps(scheduler, model):
+        (chunk,) = plan.chunks
+        held.setdefault(chunk.length, []).append(len(chunk.sequence.tables.pages[1]))
+    assert max(held[1]) == pages_reached(span, 1, 4, 1000)
+    assert max(held[8]) <= pages_reached(span, 8, 4, 1000)
+    assert len(held[1]) == 250 - 21 - 1
+    assert scheduler.num_preemptions == 0
+
+
+def test_a_page_is_kept_until_the_step_that_still_sees_it_is_complete():
+    scheduler, model = make(page_size=4, spans=(Span("window", 5),))
+    scheduler.submit(ask("x", 16, max_tokens=2))
+    step(scheduler, model)
+    assert scheduler.loads()[0].used_pages == 1
+    plan = scheduler.schedule()
+    assert scheduler.loads()[0].used_pages == 3
+    scheduler.complete(plan, model(plan))
+    assert scheduler.loads()[0].used_pages == 1
+
+
+def test_whichever_group_runs_out_the_one_admitted_last_is_preempted_in_all_and_recomputed():
+    spans = (FULL, Span("chunk", 16))
+    for pages_per_rank in [(8, 20), (20, 8)]:
+        scheduler, model = make(pages_per_rank=pages_per_rank, spans=spans)
+        requests = [ask("old", 3, max_tokens=12), ask("new", 4, max_tokens=12)]
+        for request in requests:
+            scheduler.submit(request)
+        outputs = drain(scheduler, model)
+        assert scheduler.num_preemptions == 1
+        for request in requests:
+            assert tokens_of(outputs, request.id) == solo_run(request, 16, spans)[0]
+
+
+def test_a_newcomer_waits_for_room_in_every_group():
+    scheduler, model = make(pages_per_rank=(32, 6), spans=(FULL, Span("window", 4)))
+    scheduler.submit(ask("a", 8, max_tokens=2))
+    scheduler.submit(ask("b", 8, max_tokens=2))
+    assert list(ranks_of(step(scheduler, model)[0])) == ["a"]
+    assert list(ranks_of(step(scheduler, model)[0])) == ["a"]
+    assert list(ranks_of(step(scheduler, model)[0])) == ["b"]
+
+
+def test_a_short_span_limits_a_request_only_if_its_pages_do_not_hold_what_a_step_sees():
+    window = Span("window", 4)
+    scheduler, model = make(pages_per_rank=6, spans=(window,))
+    scheduler.submit(ask("x", 20, max_tokens=12))
+    assert len(drain(scheduler, model)) == 12
+    scheduler, _ = make(pages_per_rank=5, spans=(window,))
+    with pytest.raises(InvalidRequestError, match="the KV cache of one attention rank is 10 tokens; send at most 9"):
+        scheduler.submit(ask("x", 20, max_tokens=12))
 
 
 def test_a_request_ends_at_whichever_limit_comes_first():

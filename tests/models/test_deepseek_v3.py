@@ -45,7 +45,6 @@ KIMI = {
 
 CONFIGS = {
     "groups of two experts, one dense layer": {},
-    "queries without a rank of their own": {"q_lora_rank": None},
     "queries without a rank, biases": {"q_lora_rank": None, "attention_bias": True},
     "biases, tied embeddings": {"attention_bias": True, "tie_word_embeddings": True},
     "odd ranks, values wider than keys": {
@@ -58,9 +57,13 @@ CONFIGS = {
     "rotation not said, eight of eight groups": {
         **WIDE_ROPE, "remove": ("rope_interleave",), "n_routed_experts": 16, "n_group": 8, "topk_group": 8,
     },
-    "rotation and normalisation null": {**WIDE_ROPE, "edit": {"rope_interleave": None, "norm_topk_prob": None}},
-    "key-value heads null": {"edit": {"num_key_value_heads": None}},
-    "linear": {**WIDE_ROPE, "rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.5}},
+    "rotation, normalisation, key-value heads null": {
+        **WIDE_ROPE, "edit": {"rope_interleave": None, "norm_topk_prob": None, "num_key_value_heads": None},
+    },
+    "queries without a rank, linear": {
+        **WIDE_ROPE, "q_lora_rank": None,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.5},
+    },
     "linear, sharpened": {
         "rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.5, "mscale_all_dim": 0.8},
     },
@@ -204,7 +207,9 @@ def test_greedy_equals_transformers(reference_checkpoint):
 @pytest.mark.parametrize("mesh", ["dp=2,ep=4", "ep=8", "ep=2,tp=2"])
 def test_logits_equal_transformers_on_every_mesh(reference_checkpoint, mesh):
     # Of four experts, which eight devices hold twice.
-    reference = reference_checkpoint("deepseek_v3", n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2)
+    reference = reference_checkpoint(
+        "deepseek_v3", num_hidden_layers=2, n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2
+    )
     model = Model(reference.folder, mesh)
     parity.assert_same_logits(model.logits(reference.tokens), reference.logits)
     parity.assert_same_logits_decoded(model, reference, prefill=6)
