@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxmoe.checkpoints.placing import local_bytes, place
+from jaxmoe.checkpoints.placing import AHEAD, local_bytes, place
 from jaxmoe.checkpoints.reading import SCALE, Block, ParameterReader, is_quantised, scale_shape
 from jaxmoe.checkpoints.safetensors import DTYPES, SafetensorsCheckpoint, StoredTensor, read_json, tensor_names
 from jaxmoe.errors import CheckpointError
@@ -113,15 +114,18 @@ def load_params(
         progress(done, total)
 
     params: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        key = chosen[path]
-        layers = config.stacks[key.stack] if key.per_layer else (0,)
-        reader = ParameterReader(tensors, key, leaf.shape, layers, slot_expert, config.experts, leaf.dtype, block_size)
-        *parents, name = path.split(".")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = place(reader.read, leaf.shape, leaf.dtype, shardings[path], key.stacked, report)
+    with ThreadPoolExecutor(AHEAD) as pool:
+        for path, leaf in leaves.items():
+            key = chosen[path]
+            layers = config.stacks[key.stack] if key.per_layer else (0,)
+            reader = ParameterReader(
+                tensors, key, leaf.shape, layers, slot_expert, config.experts, leaf.dtype, block_size
+            )
+            *parents, name = path.split(".")
+            node = params
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[name] = place(reader.read, leaf.shape, leaf.dtype, shardings[path], key.stacked, pool, report)
     return params
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxmoe.checkpoints.folders import check_finished, unfinished
 from jaxmoe.checkpoints.loader import Progress
-from jaxmoe.checkpoints.placing import local_bytes, place
+from jaxmoe.checkpoints.placing import AHEAD, local_bytes, place
 from jaxmoe.checkpoints.reading import Piece, Window
 from jaxmoe.checkpoints.safetensors import read_json
 from jaxmoe.errors import CheckpointError
@@ -148,10 +149,11 @@ def load_native(
     try:
         files = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
         params = {}
-        for path, leaf in leaves.items():
-            key = keys[path]
-            read = StoredReader(_open(folder, path, files), slot_expert if key.per_expert else None, leaf.dtype)
-            params[path] = place(read.read, leaf.shape, leaf.dtype, shardings[path], key.stacked, report)
+        with ThreadPoolExecutor(AHEAD) as pool:
+            for path, leaf in leaves.items():
+                key = keys[path]
+                read = StoredReader(_open(folder, path, files), slot_expert if key.per_expert else None, leaf.dtype)
+                params[path] = place(read.read, leaf.shape, leaf.dtype, shardings[path], key.stacked, pool, report)
     except (ValueError, OSError, RuntimeError) as error:
         raise CheckpointError(f"{folder / PARAMS} cannot be read, convert again: {error}") from error
     return nested(params)

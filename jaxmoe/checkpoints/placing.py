@@ -5,7 +5,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from typing import Any, TypeVar
 
 import jax
@@ -16,10 +16,10 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoe.checkpoints.reading import Piece, Window, dequantise
 
-# Shards of at most so many bytes come with all their layers at once, which compiles nothing.
+# Shards of at most so many bytes come at once, which compiles nothing.
 SMALL = 1 << 20
-# Larger ones come a layer at a time, and experts in portions of about this size: memory of this size is used again and
-# again, where the kernel clears pages anew for larger pieces.
+# Larger ones come by layers, and experts or rows of a table in portions of about this size: memory of this size is used
+# again and again, where the kernel clears pages anew for larger pieces.
 PORTION = 16 << 20
 AHEAD = 2  # pieces under way: one is read while another is copied
 
@@ -33,27 +33,29 @@ def place(
     dtype: Any,
     sharding: NamedSharding,
     stacked: int,
+    pool: Executor,
     report: Callable[[int], None] = lambda placed: None,
 ) -> jax.Array:
     """An array of which every device's shard comes from `read`, once for all devices that hold the same.
 
-    stacked: how many leading axes are layers (never split) and slots. Large shards of stacked parameters are filled
-    piece by piece, so that the host holds a few pieces, and a device one or two beside its shard.
+    stacked: how many leading axes are layers and slots. Large shards are filled piece by piece, so that the host holds
+    a few pieces, and a device as many beside its shard.
+    pool: of AHEAD threads, the same for all parameters, since each has memory that it keeps.
     report: called with the bytes that were placed.
     """
     dtype = np.dtype(dtype)
     holders: dict[Window, list[jax.Device]] = collections.defaultdict(list)
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         holders[tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))].append(device)
-    if stacked and math.prod(sharding.shard_shape(shape)) * dtype.itemsize > SMALL:
-        return _fill(read, shape, dtype, sharding, stacked, holders, report)
+    if math.prod(sharding.shard_shape(shape)) * dtype.itemsize > SMALL:
+        return _fill(read, shape, dtype, sharding, stacked, holders, pool, report)
 
     def copy(shard: tuple[Window, list[jax.Device]]) -> list[jax.Array]:
         window, devices = shard
         return _on_each(read(window).converted(dtype), devices)
 
     shards = []
-    for copies in _ahead(copy, holders.items()):
+    for copies in _ahead(pool, copy, holders.items()):
         shards += copies
         report(sum(array.nbytes for array in copies))
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
@@ -72,6 +74,7 @@ def _fill(
     sharding: NamedSharding,
     stacked: int,
     holders: Mapping[Window, list[jax.Device]],
+    pool: Executor,
     report: Callable[[int], None],
 ) -> jax.Array:
     mesh, shard = sharding.mesh, sharding.shard_shape(shape)
@@ -85,13 +88,17 @@ def _fill(
         return piece.order, jax.block_until_ready([_on_each(array[None], devices) for array in piece.arrays])
 
     # All shards of a layer, then the next: bytes that shards share on disk are still in memory.
-    sizes = _piece_sizes(shard[:stacked], math.prod(shard[stacked:]) * dtype.itemsize)
-    steps = [range(0, length, size) for length, size in zip(shard, sizes, strict=False)]
-    starts = list(itertools.product(*steps))
+    sizes = _piece_sizes(shard, stacked, dtype.itemsize)
+    # The last piece along an axis may overlap the one before, so that all are of one shape.
+    along = [
+        [min(at, length - size) for at in range(0, length, size)] for length, size in zip(shard, sizes, strict=False)
+    ]
+    starts = list(itertools.product(*along))
     parts = [(_within(window, start, sizes), devices) for start in starts for window, devices in holders.items()]
     filled = jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
-    copied = _ahead(copy, parts)
-    for start in starts:
+    copied = _ahead(pool, copy, parts)
+    total = local_bytes(filled, sharding)
+    for number, start in enumerate(starts):
         orders, arrived = zip(*(next(copied) for _ in holders), strict=True)
         inputs = []
         for copies in zip(*arrived, strict=True):
@@ -99,9 +106,9 @@ def _fill(
             whole = (mesh.size, *shards[0].shape[1:])
             inputs.append(jax.make_array_from_single_device_arrays(whole, rows, shards))
         filled = _update(mesh, sharding.spec, orders[0])(filled, np.array(start, np.int32), *inputs)
-        # A piece lies twice on its device until it is in its place; this keeps others from coming meanwhile.
+        # Pieces lie on their device beside their place; no more of them than are under way.
         filled.block_until_ready()
-        report(sum(one.data.nbytes for one in filled.addressable_shards) // len(starts))
+        report(total * (number + 1) // len(starts) - total * number // len(starts))
     return filled
 
 
@@ -111,14 +118,13 @@ def _on_each(array: np.ndarray, devices: list[jax.Device]) -> list[jax.Array]:
     return [first, *(jax.device_put(first, device) for device in devices[1:])]
 
 
-def _piece_sizes(stacked: tuple[int, ...], each: int) -> tuple[int, ...]:
-    """How many layers, and slots if there are any, make a piece. each: bytes of one slot of one layer."""
-    fitting = [
-        slots
-        for slots in range(1, stacked[-1] + 1)
-        if stacked[-1] % slots == 0 and (slots == 1 or slots * each <= PORTION)
-    ]
-    return (1, max(fitting))[: len(stacked)]
+def _piece_sizes(shard: tuple[int, ...], stacked: int, itemsize: int) -> tuple[int, ...]:
+    """Of a piece, along the leading axes: one layer, of all slots or some; without layers some rows."""
+    if stacked == 1:
+        return (1,)
+    axis = max(stacked - 1, 0)
+    each = math.prod(shard[axis + 1 :]) * itemsize
+    return (*(1,) * axis, max(1, min(shard[axis], PORTION // each)))
 
 
 def _within(window: Window, start: tuple[int, ...], sizes: tuple[int, ...]) -> Window:
@@ -148,13 +154,12 @@ def _update(mesh: Mesh, spec: P, order: tuple[int, ...]) -> Callable[..., jax.Ar
     return jax.jit(update, donate_argnums=0)
 
 
-def _ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+def _ahead(pool: Executor, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """Like map, with AHEAD calls under way or done and not yet taken."""
     pending: collections.deque[Future[Result]] = collections.deque()
-    with ThreadPoolExecutor(AHEAD) as pool:
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) == AHEAD:
-                yield pending.popleft().result()
-        while pending:
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) == AHEAD:
             yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()

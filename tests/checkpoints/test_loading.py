@@ -288,9 +288,9 @@ def test_every_mesh_holds_the_same_weights(reference, mesh):
 
 @pytest.fixture
 def in_pieces(monkeypatch):
-    """Even tiny parameters come layer by layer and expert by expert."""
+    """Even tiny parameters come layer by layer and expert by expert, tables by five rows and what is left."""
     monkeypatch.setattr(placing, "SMALL", 0)
-    monkeypatch.setattr(placing, "PORTION", 1)
+    monkeypatch.setattr(placing, "PORTION", 5 * 32 * 4)
 
 
 @pytest.mark.parametrize("mesh", ["ep=1", "dp=2,ep=2,tp=2", "ep=8"])
@@ -568,5 +568,5 @@ def test_the_host_holds_little_more_than_the_parameters_while_loading(tmp_path):
     ran = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True)
     grown, held = map(int, ran.stdout.split())
     assert held > 300e6
-    # Of experts, the largest part, two layers at a time; and the file's own pages, half as large, as they are mapped.
-    assert grown < held + 4 * held / layers + 100e6
+    # The pieces under way, pages of the file while they are mapped, and what compiling a few programs takes.
+    assert grown < held + 180e6
