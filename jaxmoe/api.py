@@ -15,7 +15,7 @@ from jaxmoe.serving.tokenization import Tokenizer
 
 # Of the engine behind `generate` and `greedy`: a notebook has few requests at once, and a model's own limit may be
 # millions of positions.
-NOTEBOOK_BATCH, NOTEBOOK_CONTEXT = 16, 32768
+NOTEBOOK_BATCH, NOTEBOOK_CONTEXT = 4, 32768
 
 
 class LoadedModel(Model):

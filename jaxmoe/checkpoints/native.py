@@ -8,8 +8,7 @@ they had. `orbax.checkpoint.v1.load(folder / "params", abstract)` reads them too
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,9 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxmoe.checkpoints.folders import check_finished, unfinished
 from jaxmoe.checkpoints.loader import Progress
-from jaxmoe.checkpoints.placing import AHEAD, local_bytes, place
-from jaxmoe.checkpoints.reading import Piece, Window
+from jaxmoe.checkpoints.reading import Window
 from jaxmoe.checkpoints.safetensors import read_json
+from jaxmoe.checkpoints.writer import read_slice
 from jaxmoe.errors import CheckpointError
 from jaxmoe.models.config import ModelConfig
 from jaxmoe.models.keys import Key, Keys
@@ -88,7 +87,7 @@ def save_native(
 
     slot_expert [mixtures, S]: the expert of every slot of `params`, all of which must be addressable from here. Where
     slots repeat experts, the experts' parameters pass through the memory of the host.
-    progress: called with bytes written and bytes in all.
+    progress: called with bytes written and bytes in all. Raises CheckpointError if they cannot be written.
     """
     leaves = {path: _in_logical_order(keys[path], leaf, slot_expert, config.experts) for path, leaf in flat(params)}
     total = sum(leaf.nbytes for leaf in leaves.values())
@@ -100,6 +99,8 @@ def save_native(
             break
         except TimeoutError:
             progress(min(_size(folder), total - 1), total)
+        except (ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{folder / PARAMS} cannot be written: {error}") from error
     manifest = {
         "format": FORMAT,
         "model_type": config.model_type,
@@ -132,58 +133,85 @@ def load_native(
     """
     leaves = dict(flat(nnx.to_pure_dict(nnx.state(abstract))))
     specs = dict(flat(nnx.to_pure_dict(nnx.get_partition_spec(nnx.state(abstract)))))
-    shardings = {path: jax.sharding.NamedSharding(mesh, specs[path]) for path in leaves}
-    _check(
-        folder,
-        stored_parameters(folder),
-        {path: _logical_shape(keys[path], leaves[path], config.experts) for path in leaves},
-    )
-    total = sum(local_bytes(leaf, shardings[path]) for path, leaf in leaves.items())
-    done = 0
+    stored = stored_parameters(folder)
+    _check(folder, stored, {path: _logical_shape(keys[path], leaf, config.experts) for path, leaf in leaves.items()})
+    total, done = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.values()), 0
 
-    def report(placed: int) -> None:
+    def advance(size: int) -> None:
         nonlocal done
-        done += placed
+        done += size
         progress(done, total)
 
+    params: dict[str, Any] = {}
     try:
         files = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
-        params = {}
-        with ThreadPoolExecutor(AHEAD) as pool:
-            for path, leaf in leaves.items():
-                key = keys[path]
-                read = StoredReader(_open(folder, path, files), slot_expert if key.per_expert else None, leaf.dtype)
-                params[path] = place(read.read, leaf.shape, leaf.dtype, shardings[path], key.stacked, pool, report)
+        for path, leaf in leaves.items():
+            key, sharding = keys[path], jax.sharding.NamedSharding(mesh, specs[path])
+            read = StoredReader(_open(folder, path, files), key, slot_expert, leaf.dtype)
+            params[path] = _place(read, leaf.shape, sharding, advance)
     except (ValueError, OSError, RuntimeError) as error:
         raise CheckpointError(f"{folder / PARAMS} cannot be read, convert again: {error}") from error
     return nested(params)
 
 
 class StoredReader:
-    """Reads windows of one parameter. slot_expert [L, S]: the expert of every slot, None where there are no slots."""
+    """Reads windows of one parameter, from the chunks that they touch. slot_expert [L, S]: the expert of every slot."""
 
-    def __init__(self, store: ts.TensorStore, slot_expert: np.ndarray | None, dtype: Any) -> None:
-        self.store, self.slot_expert, self.dtype = store, slot_expert, np.dtype(dtype)
+    def __init__(self, store: ts.TensorStore, key: Key, slot_expert: np.ndarray, dtype: Any) -> None:
+        self.store, self.key, self.slot_expert, self.dtype = store, key, slot_expert, np.dtype(dtype)
 
-    def __call__(self, window: Window) -> np.ndarray:
-        """The window, cast to the parameter's dtype."""
-        out = np.empty([stop - start for start, stop in window], self.store.dtype.numpy_dtype)
-        if self.slot_expert is None:
-            writes = [ts.array(out).write(self.store[tuple(slice(*bounds) for bounds in window)])]
-        else:
-            layers, slots = range(*window[0]), slice(*window[1])
-            inner: Any = tuple(slice(*bounds) for bounds in window[2:])
-            writes = [
-                ts.array(out[row]).write(self.store[layer][(self.slot_expert[layer, slots], *inner)])
-                for row, layer in enumerate(layers)
-            ]
-        for write in writes:
-            write.result()
-        return out.astype(self.dtype, copy=False)
+    def __call__(self, window: Window, advance: Callable[[int], None] = lambda size: None) -> np.ndarray:
+        """The window, cast to the parameter's dtype. advance: called with the bytes of every piece that is there."""
+        out = _aligned([stop - start for start, stop in window], self.dtype)
+        pieces = list(self._pieces(out, window))
+        if self.store.dtype.numpy_dtype == self.dtype:
+            writes = [ts.array(target).write(view) for target, view in pieces]
+            for (target, _), write in zip(pieces, writes, strict=True):
+                write.result()
+                advance(target.nbytes)
+            return out
+        # Each is cast while the next one is read; none is kept.
+        coming = pieces[0][1].read()
+        for number, (target, _) in enumerate(pieces, 1):
+            ready = coming.result()
+            if number < len(pieces):
+                coming = pieces[number][1].read()
+            target[...] = ready
+            advance(target.nbytes)
+        return out
 
-    def read(self, window: Window) -> Piece:
-        """For `place`."""
-        return Piece(self(window))
+    def _pieces(self, out: np.ndarray, window: Window) -> Iterator[tuple[np.ndarray, ts.TensorStore]]:
+        """Parts of `out`, by layer where there are several, and what is stored of them."""
+        inner: Any = tuple(slice(*bounds) for bounds in window[self.key.stacked :])
+        if not self.key.per_layer:
+            yield out, self.store[inner]
+            return
+        for row, layer in enumerate(range(*window[0])):
+            # An array of experts, not a slice: neighbouring slots may hold any.
+            slots = (self.slot_expert[layer, slice(*window[1])],) if self.key.per_expert else ()
+            yield out[row], self.store[layer][(*slots, *inner)]
+
+
+def _place(
+    read: StoredReader, shape: tuple[int, ...], sharding: jax.sharding.NamedSharding, advance: Callable[[int], None]
+) -> jax.Array:
+    """The parameter on its devices. The host holds one shard at a time, which devices with the same share."""
+    holders: dict[Window, list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        window = tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
+        holders.setdefault(window, []).append(device)
+    shards = []
+    for window, devices in holders.items():
+        shards += jax.block_until_ready(jax.device_put([read(window, advance)] * len(devices), devices))
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+
+def _aligned(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
+    """Empty, at an address that lets JAX on a CPU take the memory as it is instead of copying it."""
+    size, alignment = math.prod(shape) * dtype.itemsize, 64
+    raw = np.empty(size + alignment, np.uint8)
+    start = -raw.ctypes.data % alignment
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,8 +229,9 @@ def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
 def _saving(keys: Keys, shard_bytes: int) -> ocp.Context:
     """Uncompressed: weights shrink by a fifth at most, and would be written and read at a third of the speed."""
     context = ocp.Context()
-    context.memory.write_concurrent_bytes = max(BUFFER_BYTES, shard_bytes)
-    context.memory.transfer_concurrent_bytes = max(BUFFER_BYTES, shard_bytes)
+    # Orbax refuses a shard that would take up the limit to the last byte.
+    limit = max(BUFFER_BYTES, shard_bytes) + 1
+    context.memory.write_concurrent_bytes = context.memory.transfer_concurrent_bytes = limit
     saving = context.array.saving
     saving.use_compression = False
     saving.ocdbt_target_data_file_size = FILE_BYTES
@@ -222,9 +251,10 @@ def _in_logical_order(key: Key, leaf: Any, slot_expert: np.ndarray, experts: int
     """The leaf, of an expert's slots the first."""
     if not key.per_expert or np.array_equal(slot_expert, np.tile(np.arange(experts), (len(slot_expert), 1))):
         return leaf
-    host = np.asarray(leaf)
-    slots = np.argmax(slot_expert[:, None, :] == np.arange(experts)[:, None], axis=-1)
-    return np.take_along_axis(host, slots.reshape(*slots.shape, *(1,) * (host.ndim - 2)), axis=1)
+    out = np.empty((leaf.shape[0], experts, *leaf.shape[2:]), leaf.dtype)
+    for row, expert in np.ndindex(out.shape[:2]):
+        out[row, expert] = read_slice(leaf, (row, int(np.argmax(slot_expert[row] == expert))))
+    return out
 
 
 def _logical_shape(key: Key, leaf: Any, experts: int) -> tuple[int, ...]:

@@ -47,7 +47,7 @@ class Tensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> np.ndarray:
-        """As it lies on disk. No more of the parameter than this comes to the host."""
+        """Its bits as they lie on disk. No more of the parameter than this comes to the host."""
         if self.key.experts_together:
             memory = np.empty((len(self.slots), *self.leaf.shape[2:]), self.leaf.dtype)
             for expert, slot in enumerate(self.slots):
@@ -55,8 +55,9 @@ class Tensor:
         else:
             memory = read_slice(self.leaf, (self.row, *self.slots) if self.key.per_layer else ())
         if len(self.key.tensors) > 1:
-            memory = np.take(memory, self.part, axis=self.key.part_axis)
-        return self.key.to_stored(memory.astype(self.dtype, copy=False))
+            memory = np.moveaxis(memory, self.key.part_axis or 0, 0)[self.part]
+        # As whole numbers, since numpy transposes half-precision types element by element.
+        return self.key.to_stored(memory.astype(self.dtype, copy=False).view(f"u{self.dtype.itemsize}"))
 
 
 def save_hf(
@@ -90,8 +91,7 @@ def save_hf(
         with fresh.open("wb") as file:
             file.write(_header(tensors))
             for tensor in tensors:
-                # Half-precision types have no buffers of their own.
-                file.write(tensor.read().reshape(-1).view(np.uint8).data)
+                file.write(tensor.read().data)
                 done += tensor.nbytes
                 progress(done, total)
         fresh.rename(out / name)

@@ -50,13 +50,11 @@ class Engine:
 
     def describe(self) -> str:
         """One line for a log: the limits in force."""
-        sizes = [(group.pages_per_rank * self.config.page_size, group.span) for group in self.page_groups]
-        if len(sizes) == 1:
-            cached = f"{sizes[0][0]} tokens of KV cache"
-        else:
-            cached = f"KV cache of {' and '.join(f'{tokens} tokens ({span})' for tokens, span in sizes)}"
+        tokens = [group.pages_per_rank * self.config.page_size for group in self.page_groups]
+        labels = [f" ({group.span})" for group in self.page_groups] if len(tokens) > 1 else [""]
+        cached = " and ".join(f"{count} tokens{label}" for count, label in zip(tokens, labels, strict=True))
         return (
-            f"context {self.max_context} tokens, {self.config.max_batch} sequences and {cached} "
+            f"context {self.max_context} tokens, {self.config.max_batch} sequences and {cached} of KV cache "
             f"({self._runner.cache_bytes / 2**20:.0f} MiB) on each of {self.model.num_ranks} attention ranks"
         )
 

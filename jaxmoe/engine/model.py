@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +144,7 @@ class Model:
             f"{self.mesh.devices.flat[0].device_kind}"
         )
 
-    def logits(self, token_ids: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "B T V"]:
+    def logits(self, token_ids: Int[np.ndarray, "B T"] | Sequence[Sequence[int]]) -> Float[np.ndarray, "B T V"]:
         """Logits at every position of every row, float32, without a cache.
 
         Raises InvalidRequestError on a bad id or shape.
@@ -164,7 +164,7 @@ class Model:
         return np.asarray(out).reshape(len(padded), length, -1)[:batch]
 
     def logits_decode(
-        self, token_ids: Int[np.ndarray, "T"], prefill: int, page_size: int = 16
+        self, token_ids: Int[np.ndarray, "T"] | Sequence[int], prefill: int, page_size: int = 16
     ) -> Float[np.ndarray, "steps V"]:
         """Logits through the paged cache, float32: after `prefill` tokens at once, then after each further one.
 
@@ -198,7 +198,7 @@ class Model:
             rows.append(np.asarray(out)[0])
         return np.stack(rows)
 
-    def mtp_logits(self, token_ids: Int[np.ndarray, "T"]) -> Float[np.ndarray, "rows V"]:
+    def mtp_logits(self, token_ids: Int[np.ndarray, "T"] | Sequence[int]) -> Float[np.ndarray, "rows V"]:
         """Logits of multi-token prediction, float32 [T - 1, V]: row i is of token i + 2, given tokens 0 to i + 1.
 
         Raises ConfigError if the checkpoint has no layer for it, InvalidRequestError on a bad id or shape.

@@ -15,6 +15,7 @@ from jaxmoe.engine.pages import PageGroup, pages_reached
 from jaxmoe.engine.scheduler import StepPlan
 from jaxmoe.errors import ConfigError
 from jaxmoe.models.kv_cache import bytes_per_page, make_cache
+from jaxmoe.spans import FULL
 
 # Share of the memory that is free after the weights are loaded, for KV pages: on an accelerator nothing else needs it
 # but the activations; on a CPU the rest of the machine does.
@@ -78,14 +79,17 @@ def page_groups(model: Model, config: EngineConfig, max_context: int) -> tuple[P
     spans, page_size = model.config.spans, config.page_size
     total = -(-max_context // page_size)
     of_one = [pages_reached(span, config.max_prefill_tokens, page_size, total) for span in spans]
-    widest = max(of_one)
+    longest = max(spans, key=lambda span: (span == FULL, span.size))
+    enough = of_one[spans.index(longest)]
     page_bytes = [
         bytes_per_page(model.config, group, page_size, model.dtype, model.mesh_spec.tp) for group in range(len(spans))
     ]
 
     def pages(most: int, sequences: int) -> list[int]:
-        """By group, when the widest has `most`."""
-        return [most if held == widest else min(most, sequences * held) for held in of_one]
+        """By group, when the one with the longest span has `most`."""
+        return [
+            most if span == longest else min(most, sequences * held) for span, held in zip(spans, of_one, strict=True)
+        ]
 
     def made(most: int, sequences: int) -> tuple[PageGroup, ...]:
         return tuple(map(PageGroup, spans, pages(most, sequences)))
@@ -94,11 +98,11 @@ def page_groups(model: Model, config: EngineConfig, max_context: int) -> tuple[P
         return made(config.pages_per_rank, config.max_batch)
     memory = free_memory(model)
     for sequences in range(config.max_batch, 0, -1):
-        sizes = range(1, config.max_batch * widest + 1)
+        sizes = range(1, config.max_batch * enough + 1)
         most = bisect.bisect_right(
             sizes, memory, key=lambda most: sum(map(operator.mul, page_bytes, pages(most, sequences)))
         )
-        if most >= widest:
+        if most >= enough:
             return made(most, sequences)
     raise ConfigError(
         f"the memory left for KV pages ({memory / 2**20:.0f} MiB a device) holds {most * page_size} tokens, "

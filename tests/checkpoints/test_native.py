@@ -82,6 +82,14 @@ def test_experts_are_stored_in_their_order_whatever_slots_they_had(reference_che
     np.testing.assert_array_equal(loaded["experts"]["down"], experts["down"][:, :4])
 
 
+@pytest.mark.parametrize("mesh", ["dp=1,ep=1", "ep=4"])
+def test_what_is_larger_than_the_buffer_is_saved_too(reference_checkpoint, tmp_path, monkeypatch, mesh):
+    monkeypatch.setattr(format_, "BUFFER_BYTES", 100)
+    source = reference_checkpoint().folder
+    folder = save(Model(source, mesh), tmp_path / "native", "float32")
+    assert bits(Model(folder).params) == bits(Model(source).params)
+
+
 def test_progress_ends_with_all_bytes(reference_checkpoint, tmp_path):
     model, written, read = Model(reference_checkpoint().folder), [], []
     slots = np.asarray(model.placement.slot_expert)
@@ -107,7 +115,10 @@ def test_a_shard_reads_its_own_chunks_alone(reference_checkpoint, tmp_path, monk
     slots = np.asarray(model.placement.slot_expert)
     save_native(tmp_path, model.abstract.keys, model.config, model.params, slots, "float32")
     store = format_._open(tmp_path, "experts.gate_up", ts.Context({"cache_pool": {"total_bytes_limit": 0}}))
-    read, whole = StoredReader(store, slots, np.float32), np.asarray(model.params["experts"]["gate_up"])
+    read, whole = (
+        StoredReader(store, model.abstract.keys["experts.gate_up"], slots, np.float32),
+        np.asarray(model.params["experts"]["gate_up"]),
+    )
     _bytes_read()
     shard = read(((0, 2), (1, 2), (0, 32), (0, 2), (0, 40)))
     np.testing.assert_array_equal(shard, whole[:, 1:2])

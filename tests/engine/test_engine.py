@@ -3,14 +3,11 @@
 import numpy as np
 import pytest
 
-from jaxmoe.engine.batch import StepShape
 from jaxmoe.engine.config import EngineConfig
 from jaxmoe.engine.engine import Engine
-from jaxmoe.engine.executables import Executables
 from jaxmoe.engine.model import Model
 from jaxmoe.engine.request import Request, SamplingParams
 from jaxmoe.errors import ConfigError, InvalidRequestError, MeshError
-from jaxmoe.models.kv_cache import make_cache
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 SMALL = EngineConfig(page_size=4, max_batch=4, max_prefill_tokens=16, max_prefill_sequences=4)
@@ -107,17 +104,6 @@ def test_nothing_compiles_after_warm_up(model, prompts):
     for count in range(1, len(prompts) + 1):
         together(engine, prompts[:count], SamplingParams(temperature=0.5, max_tokens=3))
     assert engine.late_compiles == 0
-
-
-@pytest.mark.parametrize("mesh", ["dp=1", "dp=2,ep=2"])
-def test_a_step_updates_the_cache_in_place(checkpoint, mesh):
-    model = Model(checkpoint.folder, mesh)
-    cache = make_cache(model.config, model.mesh, 8192, 4, model.dtype)
-    of_a_rank = sum(array.nbytes for array in cache) // model.num_ranks
-    for shape in (StepShape(2, 1, 16), StepShape(1, 16, 16)):
-        memory = Executables(model, cache).compile(shape).memory_analysis()
-        assert memory.alias_size_in_bytes >= of_a_rank
-        assert memory.temp_size_in_bytes < of_a_rank / 8
 
 
 def test_a_generation_ends_at_its_stop_token_its_length_or_the_context(engine, model, alone, prompts):

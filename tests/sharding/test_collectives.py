@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from jaxmoe.engine.batch import StepShape
+from jaxmoe.engine.batch import Packing, StepShape
 from jaxmoe.engine.executables import Executables
 from jaxmoe.engine.model import Model
 from jaxmoe.models.decoder import RANK_ROWS, Execution
@@ -46,7 +46,8 @@ def compile_on():
 
     def step(model, program):
         pages = (8,) * len(model.config.spans)
-        executables = Executables(model, make_cache(model.config, model.mesh, pages, 4, model.dtype))
+        cache = make_cache(model.config, model.mesh, pages, 4, model.dtype)
+        executables = Executables(model, cache, Packing(model.config.spans, 4))
         if program == "sampling":
             return executables.compile_sampling(DECODE.batch)
         return executables.compile({"decode": DECODE, "prefill": PREFILL}[program])

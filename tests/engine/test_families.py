@@ -1,0 +1,123 @@
+"""Every way of caching: tokens are those of transformers, what is out of sight takes no page, nothing is copied."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxmoe.engine.batch import Packing, StepShape
+from jaxmoe.engine.config import EngineConfig
+from jaxmoe.engine.engine import Engine
+from jaxmoe.engine.executables import Executables
+from jaxmoe.engine.model import Model
+from jaxmoe.engine.pages import pages_reached
+from jaxmoe.engine.request import Request, SamplingParams
+from jaxmoe.models.kv_cache import make_cache
+from jaxmoe.spans import FULL
+
+CACHES = {
+    "keys and values of a window": ("mixtral", {"sliding_window": 13}),
+    "keys and values of chunks and of all": ("llama4", {}),
+    "latents": ("deepseek_v3", {}),
+}
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+LENGTHS = (3, 17, 1, 30, 41)  # Llama 4's chunks are of 8
+
+
+@pytest.fixture(scope="module", params=CACHES)
+def checkpoint(request, reference_checkpoint):
+    family, options = CACHES[request.param]
+    return reference_checkpoint(family, **options)
+
+
+@pytest.fixture(scope="module")
+def models(checkpoint):
+    """The checkpoint on a mesh."""
+    made = {}
+
+    def on(mesh):
+        if mesh not in made:
+            made[mesh] = Model(checkpoint.folder, mesh)
+        return made[mesh]
+
+    return on
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    rng = np.random.default_rng(2)
+    return [rng.integers(0, 127, length).tolist() for length in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint, prompts):
+    return [checkpoint.greedy(prompt, 12) for prompt in prompts]
+
+
+def generate(engine, prompts):
+    """Everything on the first two attention ranks, so that they have much to do."""
+    tokens = [[] for _ in prompts]
+    for index, prompt in enumerate(prompts):
+        engine.submit(Request(str(index), tuple(prompt), GREEDY, rank=index % min(2, len(engine.loads()))))
+    while engine.has_work:
+        for output in engine.step():
+            tokens[int(output.request_id)] += output.token_ids
+        engine.check_integrity()
+    assert all(load.used_pages == 0 for load in engine.loads())
+    return tokens
+
+
+@pytest.mark.parametrize("mesh", ["dp=1", "dp=2,ep=4"])
+def test_greedy_tokens_are_those_of_transformers_alone_batched_and_preempted(models, expected, prompts, mesh):
+    model = models(mesh)
+    # Enough for the longest of the requests, and for no more than two or three that grow together.
+    pages = 14 if FULL in model.config.spans else 9
+    config = EngineConfig(
+        page_size=4, max_batch=4, max_prefill_tokens=16, max_prefill_sequences=2, pages_per_rank=pages, warm_up=False
+    )
+    engine = Engine(model, config)
+    assert [generate(engine, [prompt])[0] for prompt in prompts] == expected
+    assert generate(engine, prompts[:3] * 4 + prompts) == expected[:3] * 4 + expected
+    assert engine.num_preemptions > 0
+
+
+def test_greedy_tokens_are_those_of_transformers_in_pieces_that_fit_neither_pages_nor_spans(models, expected, prompts):
+    config = EngineConfig(page_size=3, max_batch=1, max_prefill_tokens=5, max_prefill_sequences=1, warm_up=False)
+    assert generate(Engine(models("dp=1"), config), prompts) == expected
+
+
+def test_spans_take_no_more_pages_however_long_the_context_grows(models, prompts):
+    model = models("dp=1")
+    config = EngineConfig(page_size=4, max_batch=1, max_prefill_tokens=4, max_prefill_sequences=1, warm_up=False)
+    engine = Engine(model, config)
+    engine.submit(Request("x", tuple(prompts[1]), SamplingParams(temperature=0, ignore_eos=True)))
+    length, short_spans = len(prompts[1]), []
+    while engine.has_work:
+        outputs = engine.step()
+        if outputs and engine.has_work:
+            (load,) = engine.loads()
+            short_spans.append(load.used_pages - (-(-length // 4) if FULL in model.config.spans else 0))
+            length += 1
+    assert length == 63
+    assert max(short_spans) == sum(pages_reached(span, 1, 4, 1000) for span in model.config.spans if span != FULL)
+
+
+def test_the_engine_says_how_much_is_cached_for_which_span(models):
+    model = models("dp=1")
+    said = Engine(
+        model, EngineConfig(page_size=4, max_batch=2, max_prefill_tokens=8, pages_per_rank=100, warm_up=False)
+    ).describe()
+    spans = len(model.config.spans)
+    assert ("sequences and 400 tokens of KV cache (" if spans == 1 else "400 tokens (full) of KV cache (") in said
+    assert ("32 tokens (chunk of 8) and 400" in said) == (spans == 2)
+
+
+@pytest.mark.parametrize("mesh", ["dp=1", "dp=2,ep=4"])
+def test_a_step_updates_the_cache_in_place(models, mesh):
+    model = models(mesh)
+    packing = Packing(model.config.spans, 4)
+    cache = make_cache(model.config, model.mesh, tuple(8192 for _ in packing.spans), 4, model.dtype)
+    arrays = [array.nbytes // model.num_ranks for array in jax.tree.leaves(cache)]
+    for shape in (StepShape(2, 1, 16), StepShape(1, 16, 16)):
+        memory = Executables(model, cache, packing).compile(shape).memory_analysis()
+        assert memory.alias_size_in_bytes >= sum(arrays)
+        assert memory.temp_size_in_bytes < min(arrays) / 8
