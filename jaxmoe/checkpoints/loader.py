@@ -105,7 +105,7 @@ def load_params(
         raise CheckpointError(f"{folder} does not hold what its config.json promises: {'; '.join(problems)}")
 
     shardings = {path: jax.sharding.NamedSharding(mesh, specs[path]) for path in leaves}
-    total = sum(_local_bytes(leaf, shardings[path]) for path, leaf in leaves.items())
+    total = sum(local_bytes(leaf, shardings[path]) for path, leaf in leaves.items())
     done = 0
 
     def report(placed: int) -> None:
