@@ -1,18 +1,17 @@
 """A Hugging Face checkpoint onto a mesh: every device's shard is read from the bytes it needs and no others."""
 
-import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxmoe.checkpoints.reading import SCALE, Block, ParameterReader, Window, is_quantised, scale_shape
+from jaxmoe.checkpoints.placing import AHEAD, local_bytes, place
+from jaxmoe.checkpoints.reading import SCALE, Block, ParameterReader, is_quantised, scale_shape
 from jaxmoe.checkpoints.safetensors import DTYPES, SafetensorsCheckpoint, StoredTensor, read_json, tensor_names
 from jaxmoe.errors import CheckpointError
 from jaxmoe.models.config import ModelConfig
@@ -21,8 +20,6 @@ from jaxmoe.models.parameters import flat
 
 # Buffers that some exporters leave in files: computed here from the config.
 IGNORED = r"(.*\.)?rotary_emb\.inv_freq"
-# A shard of a stacked parameter larger than this is brought to its device layer by layer.
-WHOLE_BYTES = 32 << 20
 
 Progress = Callable[[int, int], None]
 
@@ -61,9 +58,12 @@ def read_quantization(hf: Mapping[str, Any]) -> Block | None:
         )
     if not (isinstance(block, list) and len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block)):
         raise CheckpointError(f"{where}: weight_block_size={block!r} is not supported; it must be two whole numbers")
-    for key, known in (("fmt", "e4m3"), ("activation_scheme", "dynamic"), ("scale_fmt", "ue8m0")):
-        if quantised.get(key) not in (None, known):
-            raise CheckpointError(f"{where}: {key}={quantised[key]!r} is not supported; only {known!r} is")
+    # Scales that are powers of two ("ue8m0") are stored as float32 like any others.
+    choices = {"fmt": ("e4m3",), "activation_scheme": ("dynamic",), "scale_fmt": ("ue8m0", "float")}
+    for key, known in choices.items():
+        if quantised.get(key) not in (None, *known):
+            listed = " or ".join(map(repr, known))
+            raise CheckpointError(f"{where}: {key}={quantised[key]!r} is not supported; only {listed} is")
     return block[0], block[1]
 
 
@@ -93,8 +93,10 @@ def load_params(
     Raises CheckpointError listing all missing, left-over and misshapen tensors at once.
     """
     tensors = SafetensorsCheckpoint(folder).tensors
-    if prefix and any(name.startswith(prefix) for name in tensors):
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    if prefix:
+        # A name that is there both ways keeps its prefix, and is then told as not expected.
+        short = {name: name.removeprefix(prefix) for name in tensors}
+        tensors = {name if short[name] in tensors else short[name]: tensor for name, tensor in tensors.items()}
     leaves = dict(flat(nnx.to_pure_dict(nnx.state(abstract))))
     specs = dict(flat(nnx.to_pure_dict(nnx.get_partition_spec(nnx.state(abstract)))))
     chosen = {path: _present(keys[path], tensors, config) for path in leaves}
@@ -103,7 +105,7 @@ def load_params(
         raise CheckpointError(f"{folder} does not hold what its config.json promises: {'; '.join(problems)}")
 
     shardings = {path: jax.sharding.NamedSharding(mesh, specs[path]) for path in leaves}
-    total = sum(_local_bytes(leaf, shardings[path]) for path, leaf in leaves.items())
+    total = sum(local_bytes(leaf, shardings[path]) for path, leaf in leaves.items())
     done = 0
 
     def report(placed: int) -> None:
@@ -112,76 +114,19 @@ def load_params(
         progress(done, total)
 
     params: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        key = chosen[path]
-        layers = config.stacks[key.stack] if key.per_layer else (0,)
-        read = ParameterReader(tensors, key, leaf.shape, layers, slot_expert, config.experts, leaf.dtype, block_size)
-        *parents, name = path.split(".")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = place(read, leaf.shape, leaf.dtype, shardings[path], key.per_layer, report)
+    with ThreadPoolExecutor(AHEAD) as pool:
+        for path, leaf in leaves.items():
+            key = chosen[path]
+            layers = config.stacks[key.stack] if key.per_layer else (0,)
+            reader = ParameterReader(
+                tensors, key, leaf.shape, layers, slot_expert, config.experts, leaf.dtype, block_size
+            )
+            *parents, name = path.split(".")
+            node = params
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[name] = place(reader.read, leaf.shape, leaf.dtype, shardings[path], key.stacked, pool, report)
     return params
-
-
-def place(
-    read: Callable[[Window], np.ndarray],
-    shape: tuple[int, ...],
-    dtype: Any,
-    sharding: jax.sharding.NamedSharding,
-    stacked: bool,
-    report: Callable[[int], None] = lambda placed: None,
-) -> jax.Array:
-    """An array of which every device's shard comes from `read`, once for all devices that hold the same.
-
-    Large shards of stacked parameters come a layer at a time, the next one read while the last is on its way, so that
-    the host holds two layers of a shard and no more. report: called with the bytes that were placed.
-    """
-    holders: dict[Window, list[jax.Device]] = {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        ranges = tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
-        holders.setdefault(ranges, []).append(device)
-    by_device: dict[jax.Device, jax.Array] = {}
-    for window, devices in holders.items():
-        extent = tuple(stop - start for start, stop in window)
-        if not stacked or extent[0] == 1 or int(np.prod(extent)) * np.dtype(dtype).itemsize <= WHOLE_BYTES:
-            host = read(window)
-            by_device |= {device: jax.device_put(host, device) for device in devices}
-            report(host.nbytes * len(devices))
-            continue
-        by_device |= {device: jnp.zeros(extent, dtype, device=device) for device in devices}
-        windows = [((layer, layer + 1), *window[1:]) for layer in range(*window[0])]
-        for number, piece in enumerate(_ahead(read, windows)):
-            for device in devices:
-                at_device = jax.device_put(piece, device)
-                by_device[device] = _fill(by_device[device], at_device, number)
-            jax.block_until_ready([by_device[device] for device in devices])
-            report(piece.nbytes * len(devices))
-    arrays = [by_device[device] for device in sharding.addressable_devices_indices_map(shape)]
-    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
-
-
-def _ahead(read: Callable[[Window], np.ndarray], windows: Iterable[Window]) -> Iterator[np.ndarray]:
-    """Reads all windows in order, each while the one before is in use."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = None
-        for window in windows:
-            ready, coming = coming, pool.submit(read, window)
-            if ready is not None:
-                yield ready.result()
-        if coming is not None:
-            yield coming.result()
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _fill(stack: jax.Array, layer: jax.Array, number: int) -> jax.Array:
-    """The stack with this layer in its place, in the same memory."""
-    return jax.lax.dynamic_update_slice_in_dim(stack, layer, number, 0)
-
-
-def _local_bytes(leaf: Any, sharding: jax.sharding.NamedSharding) -> int:
-    shard = int(np.prod(sharding.shard_shape(leaf.shape)))
-    return shard * np.dtype(leaf.dtype).itemsize * len(sharding.addressable_devices)
 
 
 def _present(key: Key, tensors: Mapping[str, StoredTensor], config: ModelConfig) -> Key:
