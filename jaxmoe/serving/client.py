@@ -62,7 +62,10 @@ class Client:
     def generate(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None, stop: Sequence[str] = ()
     ) -> Iterator[Delta]:
-        """Streams the answer to a text or to tokens; closing the iterator cancels it. Stop strings are not shown."""
+        """Streams the answer to a text or to tokens; closing the iterator cancels it. Stop strings are not shown.
+
+        A server without a tokenizer answers tokens with tokens: the text of each Delta is empty.
+        """
         params = params or SamplingParams()
         if params.seed is not None and params.seed not in _INT32:
             raise InvalidRequestError(f"seed={params.seed} does not fit 32 bits, signed", "seed")
@@ -84,19 +87,28 @@ class Client:
             request.text = prompt
         else:
             request.tokenized.input_ids.extend(prompt)
-        text = AnswerText(self.tokenizer, stop)
+        text = self._answer_text(prompt, stop)
         with self._errors():
             call = self._stub.Generate(request)
             try:
                 for response in call:
                     if response.HasField("chunk"):
                         tokens = tuple(response.chunk.token_ids)
-                        yield Delta(tokens, text.push(tokens))
+                        yield Delta(tokens, text.push(tokens) if text else "")
                     else:
                         tokens = tuple(response.complete.output_ids)
-                        yield Delta(tokens, text.push(tokens, last=True), response.complete.finish_reason)
+                        shown = text.push(tokens, last=True) if text else ""
+                        yield Delta(tokens, shown, response.complete.finish_reason)
             finally:
                 call.cancel()
+
+    def _answer_text(self, prompt: str | Sequence[int], stop: Sequence[str]) -> AnswerText | None:
+        try:
+            return AnswerText(self.tokenizer, stop)
+        except JaxmoeError:
+            if isinstance(prompt, str) or stop:
+                raise
+            return None
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:

@@ -20,7 +20,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 import jaxmoe
 from jaxmoe.demo import DEMO_MODEL
 from jaxmoe.engine.request import SamplingParams
-from jaxmoe.errors import InvalidRequestError
+from jaxmoe.errors import InvalidRequestError, JaxmoeError
 from jaxmoe.serving.client import Client
 from jaxmoe.serving.tokenization import Tokenizer
 
@@ -123,6 +123,17 @@ def test_every_embedded_model_answers_as_it_does_in_this_process(pytestconfig, t
     with serving(*arguments, env=environment(pytestconfig)) as address, Client(address) as client:
         assert tokens_of(client, prompt, params) == expected
         assert re.search(r"[A-Za-z]{2,}", tokenizer.decode(expected))
+
+
+def test_a_model_of_random_weights_answers_tokens_with_tokens(pytestconfig):
+    preset = "llama-4-maverick:scale=128,num_hidden_layers=4,vocab_size=128,num_local_experts=4,head_dim=16"
+    limits = ("--max-batch", "1", "--max-context", "64", "--max-prefill-tokens", "16")
+    expected = jaxmoe.load(random_weights=preset).greedy([5, 6, 7], 8)
+    arguments = ("--random-weights", preset, "--mesh", "ep=2", *limits)
+    with serving(*arguments, env=environment(pytestconfig)) as address, Client(address) as client:
+        assert tokens_of(client, [5, 6, 7]) == expected
+        with pytest.raises(JaxmoeError, match="no tokenizer"):
+            tokens_of(client, "text")
 
 
 def test_a_bad_request_is_explained_and_the_others_go_on_unchanged(server, prompts):
