@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoe.errors import CheckpointError
-from jaxmoe.models.llama4 import text_config
+from jaxmoe.models.config import text_config
 from jaxmoe.models.registry import family_of
 
 UNFINISHED, REPLACED = ".jaxmoe-unfinished", ".jaxmoe-replaced"

@@ -15,8 +15,7 @@ from jaxmoe.checkpoints.reading import SCALE, Block, ParameterReader, is_quantis
 from jaxmoe.checkpoints.safetensors import DTYPES, SafetensorsCheckpoint, StoredTensor, read_json, tensor_names
 from jaxmoe.errors import CheckpointError
 from jaxmoe.models.config import ModelConfig
-from jaxmoe.models.keys import Key, Keys
-from jaxmoe.models.parameters import flat
+from jaxmoe.models.keys import Key, Keys, flat, nested
 
 # Buffers that some exporters leave in files: computed here from the config.
 IGNORED = r"(.*\.)?rotary_emb\.inv_freq"
@@ -121,12 +120,8 @@ def load_params(
             reader = ParameterReader(
                 tensors, key, leaf.shape, layers, slot_expert, config.experts, leaf.dtype, block_size
             )
-            *parents, name = path.split(".")
-            node = params
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[name] = place(reader.read, leaf.shape, leaf.dtype, shardings[path], key.stacked, pool, report)
-    return params
+            params[path] = place(reader.read, leaf.shape, leaf.dtype, shardings[path], key.stacked, pool, report)
+    return nested(params)
 
 
 def _present(key: Key, tensors: Mapping[str, StoredTensor], config: ModelConfig) -> Key:

@@ -20,13 +20,13 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxmoe.checkpoints.folders import check_finished, unfinished
 from jaxmoe.checkpoints.loader import Progress
+from jaxmoe.checkpoints.placing import holders
 from jaxmoe.checkpoints.reading import Window
 from jaxmoe.checkpoints.safetensors import read_json
 from jaxmoe.checkpoints.writer import read_slice
 from jaxmoe.errors import CheckpointError
 from jaxmoe.models.config import ModelConfig
-from jaxmoe.models.keys import Key, Keys
-from jaxmoe.models.parameters import flat
+from jaxmoe.models.keys import Key, Keys, flat, nested
 
 MANIFEST, PARAMS = "jaxmoe.json", "params"
 FORMAT = 1
@@ -196,12 +196,8 @@ def _place(
     read: StoredReader, shape: tuple[int, ...], sharding: jax.sharding.NamedSharding, advance: Callable[[int], None]
 ) -> jax.Array:
     """The parameter on its devices. The host holds one shard at a time, which devices with the same share."""
-    holders: dict[Window, list[jax.Device]] = {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        window = tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
-        holders.setdefault(window, []).append(device)
     shards = []
-    for window, devices in holders.items():
+    for window, devices in holders(shape, sharding).items():
         shards += jax.block_until_ready(jax.device_put([read(window, advance)] * len(devices), devices))
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
@@ -212,18 +208,6 @@ def _aligned(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
     raw = np.empty(size + alignment, np.uint8)
     start = -raw.ctypes.data % alignment
     return raw[start : start + size].view(dtype).reshape(shape)
-
-
-def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """{"experts": {"down": x}} of {"experts.down": x}."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, name = path.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
 
 
 def _saving(keys: Keys, shard_bytes: int) -> ocp.Context:

@@ -44,21 +44,27 @@ def place(
     report: called with the bytes that were placed.
     """
     dtype = np.dtype(dtype)
-    holders: dict[Window, list[jax.Device]] = collections.defaultdict(list)
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        holders[tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))].append(device)
+    held = holders(shape, sharding)
     if math.prod(sharding.shard_shape(shape)) * dtype.itemsize > SMALL:
-        return _fill(read, shape, dtype, sharding, stacked, holders, pool, report)
+        return _fill(read, shape, dtype, sharding, stacked, held, pool, report)
 
     def copy(shard: tuple[Window, list[jax.Device]]) -> list[jax.Array]:
         window, devices = shard
         return _on_each(read(window).converted(dtype), devices)
 
     shards = []
-    for copies in _ahead(pool, copy, holders.items()):
+    for copies in _ahead(pool, copy, held.items()):
         shards += copies
         report(sum(array.nbytes for array in copies))
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+
+def holders(shape: tuple[int, ...], sharding: NamedSharding) -> dict[Window, list[jax.Device]]:
+    """The devices of this host by the shard that they hold, in the order of the sharding."""
+    found: dict[Window, list[jax.Device]] = collections.defaultdict(list)
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        found[tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))].append(device)
+    return found
 
 
 def local_bytes(leaf: Any, sharding: NamedSharding) -> int:
@@ -73,7 +79,7 @@ def _fill(
     dtype: np.dtype[Any],
     sharding: NamedSharding,
     stacked: int,
-    holders: Mapping[Window, list[jax.Device]],
+    held: Mapping[Window, list[jax.Device]],
     pool: Executor,
     report: Callable[[int], None],
 ) -> jax.Array:
@@ -94,12 +100,12 @@ def _fill(
         [min(at, length - size) for at in range(0, length, size)] for length, size in zip(shard, sizes, strict=False)
     ]
     starts = list(itertools.product(*along))
-    parts = [(_within(window, start, sizes), devices) for start in starts for window, devices in holders.items()]
+    parts = [(_within(window, start, sizes), devices) for start in starts for window, devices in held.items()]
     filled = jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
     copied = _ahead(pool, copy, parts)
     total = local_bytes(filled, sharding)
     for number, start in enumerate(starts):
-        orders, arrived = zip(*(next(copied) for _ in holders), strict=True)
+        orders, arrived = zip(*(next(copied) for _ in held), strict=True)
         inputs = []
         for copies in zip(*arrived, strict=True):
             shards = list(itertools.chain(*copies))

@@ -18,8 +18,7 @@ import numpy as np
 from jaxmoe.checkpoints.loader import Progress
 from jaxmoe.checkpoints.safetensors import INDEX, SINGLE
 from jaxmoe.models.config import ModelConfig
-from jaxmoe.models.keys import Key, Keys
-from jaxmoe.models.parameters import flat
+from jaxmoe.models.keys import Key, Keys, flat
 
 DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 MAX_FILE_BYTES = 5_000_000_000

@@ -1,4 +1,4 @@
-"""A checkpoint on a mesh: configuration, parameters and placement, and the uncached forward pass."""
+"""A checkpoint on a mesh: configuration, parameters and placement, and logits without an engine."""
 
 import dataclasses
 import functools
@@ -26,10 +26,9 @@ from jaxmoe.checkpoints.loader import (
 from jaxmoe.checkpoints.native import is_native, load_native
 from jaxmoe.engine.pages import pages_reached
 from jaxmoe.errors import ConfigError, InvalidRequestError
-from jaxmoe.models.config import ModelConfig, token_ids
+from jaxmoe.models.config import ModelConfig, text_config, token_ids
 from jaxmoe.models.decoder import RANK_ROWS, Decoder, Execution, merge
 from jaxmoe.models.kv_cache import PagedContext, make_cache
-from jaxmoe.models.llama4 import text_config
 from jaxmoe.models.presets import read_preset
 from jaxmoe.models.random_weights import random_params
 from jaxmoe.models.registry import family_of
@@ -173,15 +172,15 @@ class Model:
         tokens = self._checked(token_ids, 1)
         if not 1 <= prefill <= len(tokens):
             raise InvalidRequestError(f"prefill={prefill} must be between 1 and the {len(tokens)} tokens", "prefill")
-        total = -(-len(tokens) // page_size)
-        rings = [min(total, pages_reached(span, prefill, page_size, total)) for span in self.config.spans]
+        spans, total = self.config.spans, -(-len(tokens) // page_size)
+        rings = [pages_reached(span, prefill, page_size, total) for span in spans]
         cache = make_cache(self.config, self.mesh, tuple(rings), page_size, self.dtype)
         rows = []
         for start in (0, *range(prefill, len(tokens))):
             count = prefill if start == 0 else 1
             # One sequence on the first rank; a windowed group reuses its pages in turn.
-            firsts = [span.first(start) // page_size for span in self.config.spans]
-            widths = [min(ring, pages_reached(span, count, page_size, total)) for span, ring in self._with(rings)]
+            firsts = [span.first(start) // page_size for span in spans]
+            widths = [pages_reached(span, count, page_size, total) for span in spans]
             tables = [
                 (first + np.arange(width)) % ring for first, width, ring in zip(firsts, widths, rings, strict=True)
             ]
@@ -225,9 +224,6 @@ class Model:
                 f"token ids span {tokens.min()}..{tokens.max()}, outside the vocabulary of {self.config.vocab_size}"
             )
         return tokens
-
-    def _with(self, rings: list[int]) -> Any:
-        return zip(self.config.spans, rings, strict=True)
 
     def _placed(self, arrays: Any) -> Any:
         """Host arrays with a leading rank axis, each on its ranks."""

@@ -220,6 +220,16 @@ class Fields:
             )
 
 
+def text_config(hf: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of `config.json` that is about text: of a multimodal model `text_config`, else all of it."""
+    text = hf.get("text_config")
+    if text is None:
+        return hf
+    if not isinstance(text, Mapping):
+        raise CheckpointError(f"config.json: text_config={text!r} must be an object")
+    return text
+
+
 def token_ids(config: Mapping[str, Any], key: str) -> tuple[int, ...]:
     """`eos_token_id` and its kin: null, one id or a list of ids. Raises CheckpointError."""
     value = config.get(key)

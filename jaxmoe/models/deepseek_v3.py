@@ -20,20 +20,17 @@ from jaxmoe.models.config import (
     special_tokens,
 )
 from jaxmoe.models.decoder import Decoder
-from jaxmoe.models.keys import Key
+from jaxmoe.models.keys import LAYER, SKELETON, Key, gated
 from jaxmoe.moe.routing import Routing, sigmoid_group_top_k
 from jaxmoe.ops.rope import yarn_mscale
 
-_LAYER = "model.layers.{layer}."
-_ATTENTION = _LAYER + "self_attn."
-_MLP = _LAYER + "mlp."
+_ATTENTION = LAYER + "self_attn."
+_MLP = LAYER + "mlp."
 _EXPERT = _MLP + "experts.{expert}."
-_SHARED = _MLP + "shared_experts."
 
 # Parameter of the module <-> tensor of the checkpoint, with the axes of both sides.
 KEYS = {
-    "embed": Key("model.embed_tokens.weight", "V D"),
-    "attention_norm": Key(_LAYER + "input_layernorm.weight", "D"),
+    **SKELETON,
     "attention.query": Key(_ATTENTION + "q_proj.weight", "(H d) D -> D H d"),
     "attention.query_a": Key(_ATTENTION + "q_a_proj.weight", "r D -> D r"),
     "attention.query_a_bias": Key(_ATTENTION + "q_a_proj.bias", "r"),
@@ -45,9 +42,7 @@ KEYS = {
     "attention.key_value": Key(_ATTENTION + "kv_b_proj.weight", "(H d) r -> r H d"),
     "attention.out": Key(_ATTENTION + "o_proj.weight", "D (H d) -> H d D"),
     "attention.out_bias": Key(_ATTENTION + "o_proj.bias", "D"),
-    "feed_forward_norm": Key(_LAYER + "post_attention_layernorm.weight", "D"),
-    "dense.gate_up": Key((_MLP + "gate_proj.weight", _MLP + "up_proj.weight"), "F D -> D part F", "dense"),
-    "dense.down": Key(_MLP + "down_proj.weight", "D F -> F D", "dense"),
+    **gated("dense", _MLP, "dense"),
     "router": Key(_MLP + "gate.weight", "E D -> D E", "moe"),
     "router_bias": Key(_MLP + "gate.e_score_correction_bias", "E", "moe"),
     "experts.gate_up": Key(
@@ -59,14 +54,11 @@ KEYS = {
     "experts.down": Key(
         _EXPERT + "down_proj.weight", "D F -> F D", "moe", Key(_MLP + "experts.down_proj", "expert D F -> F D", "moe")
     ),
-    "shared.gate_up": Key((_SHARED + "gate_proj.weight", _SHARED + "up_proj.weight"), "F D -> D part F", "moe"),
-    "shared.down": Key(_SHARED + "down_proj.weight", "D F -> F D", "moe"),
-    "norm": Key("model.norm.weight", "D"),
-    "lm_head": Key("lm_head.weight", "V D"),
-    "mtp.embed_norm": Key(_LAYER + "enorm.weight", "D", "mtp"),
-    "mtp.hidden_norm": Key(_LAYER + "hnorm.weight", "D", "mtp"),
-    "mtp.project": Key(_LAYER + "eh_proj.weight", "D W -> W D", "mtp"),
-    "mtp.norm": Key(_LAYER + "shared_head.norm.weight", "D", "mtp"),
+    **gated("shared", _MLP + "shared_experts.", "moe"),
+    "mtp.embed_norm": Key(LAYER + "enorm.weight", "D", "mtp"),
+    "mtp.hidden_norm": Key(LAYER + "hnorm.weight", "D", "mtp"),
+    "mtp.project": Key(LAYER + "eh_proj.weight", "D W -> W D", "mtp"),
+    "mtp.norm": Key(LAYER + "shared_head.norm.weight", "D", "mtp"),
 }
 
 

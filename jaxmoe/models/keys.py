@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -112,3 +112,48 @@ class Key:
 
 
 Keys: TypeAlias = Mapping[str, Key]
+
+# What all families name alike.
+LAYER = "model.layers.{layer}."
+SKELETON: Keys = {
+    "embed": Key("model.embed_tokens.weight", "V D"),
+    "attention_norm": Key(LAYER + "input_layernorm.weight", "D"),
+    "feed_forward_norm": Key(LAYER + "post_attention_layernorm.weight", "D"),
+    "norm": Key("model.norm.weight", "D"),
+    "lm_head": Key("lm_head.weight", "V D"),
+}
+GROUPED_QUERY: Keys = {
+    "attention.query": Key(LAYER + "self_attn.q_proj.weight", "(H d) D -> D H d"),
+    "attention.key": Key(LAYER + "self_attn.k_proj.weight", "(H d) D -> D H d"),
+    "attention.value": Key(LAYER + "self_attn.v_proj.weight", "(H d) D -> D H d"),
+    "attention.out": Key(LAYER + "self_attn.o_proj.weight", "D (H d) -> H d D"),
+}
+
+
+def gated(parameter: str, prefix: str, stack: str) -> Keys:
+    """Of a gated MLP whose tensors' names begin with `prefix`."""
+    return {
+        f"{parameter}.gate_up": Key((prefix + "gate_proj.weight", prefix + "up_proj.weight"), "F D -> D part F", stack),
+        f"{parameter}.down": Key(prefix + "down_proj.weight", "D F -> F D", stack),
+    }
+
+
+def flat(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of a nested dict by dotted path, as key tables name parameters."""
+    for name, node in tree.items():
+        if isinstance(node, Mapping):
+            yield from flat(node, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", node
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flat`: {"experts": {"down": x}} of {"experts.down": x}."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree

@@ -8,39 +8,36 @@ from typing import Any
 from jaxtyping import Array, Bool, Float
 
 from jaxmoe.errors import CheckpointError
-from jaxmoe.models.config import Fields, LayerKind, ModelConfig, TemperatureTuning, rope_from, special_tokens
+from jaxmoe.models.config import (
+    Fields,
+    LayerKind,
+    ModelConfig,
+    TemperatureTuning,
+    rope_from,
+    special_tokens,
+    text_config,
+)
 from jaxmoe.models.decoder import Decoder
-from jaxmoe.models.keys import Key
+from jaxmoe.models.keys import GROUPED_QUERY, LAYER, SKELETON, Key, gated
 from jaxmoe.moe.routing import Routing, top_k_sigmoid
 from jaxmoe.spans import FULL, Span
 
-_LAYER = "model.layers.{layer}."
-_ATTENTION = _LAYER + "self_attn."
-_MLP = _LAYER + "feed_forward."
-_SHARED = _MLP + "shared_expert."
+_ATTENTION = LAYER + "self_attn."
+_MLP = LAYER + "feed_forward."
 
 # Parameter of the module <-> tensor of the checkpoint, with the axes of both sides.
 KEYS = {
-    "embed": Key("model.embed_tokens.weight", "V D"),
-    "attention_norm": Key(_LAYER + "input_layernorm.weight", "D"),
-    "attention.query": Key(_ATTENTION + "q_proj.weight", "(H d) D -> D H d"),
-    "attention.key": Key(_ATTENTION + "k_proj.weight", "(H d) D -> D H d"),
-    "attention.value": Key(_ATTENTION + "v_proj.weight", "(H d) D -> D H d"),
-    "attention.out": Key(_ATTENTION + "o_proj.weight", "D (H d) -> H d D"),
+    **SKELETON,
+    **GROUPED_QUERY,
     "attention.query_bias": Key(_ATTENTION + "q_proj.bias", "(H d) -> H d"),
     "attention.key_bias": Key(_ATTENTION + "k_proj.bias", "(H d) -> H d"),
     "attention.value_bias": Key(_ATTENTION + "v_proj.bias", "(H d) -> H d"),
     "attention.out_bias": Key(_ATTENTION + "o_proj.bias", "D"),
-    "feed_forward_norm": Key(_LAYER + "post_attention_layernorm.weight", "D"),
-    "dense.gate_up": Key((_MLP + "gate_proj.weight", _MLP + "up_proj.weight"), "F D -> D part F", "dense"),
-    "dense.down": Key(_MLP + "down_proj.weight", "D F -> F D", "dense"),
+    **gated("dense", _MLP, "dense"),
     "router": Key(_MLP + "router.weight", "E D -> D E", "moe"),
     "experts.gate_up": Key(_MLP + "experts.gate_up_proj", "expert D (part F) -> D part F", "moe"),
     "experts.down": Key(_MLP + "experts.down_proj", "expert F D -> F D", "moe"),
-    "shared.gate_up": Key((_SHARED + "gate_proj.weight", _SHARED + "up_proj.weight"), "F D -> D part F", "moe"),
-    "shared.down": Key(_SHARED + "down_proj.weight", "D F -> F D", "moe"),
-    "norm": Key("model.norm.weight", "D"),
-    "lm_head": Key("lm_head.weight", "V D"),
+    **gated("shared", _MLP + "shared_expert.", "moe"),
 }
 
 
@@ -107,16 +104,6 @@ class Llama4(Decoder):
         """Logits in the model's dtype."""
         logits = x @ router
         return logits, top_k_sigmoid(logits, self.config.experts_per_token, valid)
-
-
-def text_config(hf: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of `config.json` that is about text: of a multimodal model `text_config`, else all of it."""
-    text = hf.get("text_config")
-    if text is None:
-        return hf
-    if not isinstance(text, Mapping):
-        raise CheckpointError(f"config.json: text_config={text!r} must be an object")
-    return text
 
 
 def _tied(hf: Mapping[str, Any], fields: Fields) -> bool:

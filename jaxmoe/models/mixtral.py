@@ -7,25 +7,19 @@ from jaxtyping import Array, Bool, Float
 
 from jaxmoe.models.config import Fields, LayerKind, ModelConfig, rope_from, special_tokens
 from jaxmoe.models.decoder import Decoder
-from jaxmoe.models.keys import Key
+from jaxmoe.models.keys import GROUPED_QUERY, LAYER, SKELETON, Key
 from jaxmoe.moe.routing import Routing, softmax_top_k
 from jaxmoe.spans import FULL, Span
 
-_LAYER = "model.layers.{layer}."
-_MIXTURE = _LAYER + "block_sparse_moe."
+_MIXTURE = LAYER + "block_sparse_moe."
 _EXPERT = _MIXTURE + "experts.{expert}."
 # In files that transformers 5 saved in its own names.
-_FUSED = _LAYER + "mlp."
+_FUSED = LAYER + "mlp."
 
 # Parameter of the module <-> tensor of the checkpoint, with the axes of both sides.
 KEYS = {
-    "embed": Key("model.embed_tokens.weight", "V D"),
-    "attention_norm": Key(_LAYER + "input_layernorm.weight", "D"),
-    "attention.query": Key(_LAYER + "self_attn.q_proj.weight", "(H d) D -> D H d"),
-    "attention.key": Key(_LAYER + "self_attn.k_proj.weight", "(H d) D -> D H d"),
-    "attention.value": Key(_LAYER + "self_attn.v_proj.weight", "(H d) D -> D H d"),
-    "attention.out": Key(_LAYER + "self_attn.o_proj.weight", "D (H d) -> H d D"),
-    "feed_forward_norm": Key(_LAYER + "post_attention_layernorm.weight", "D"),
+    **SKELETON,
+    **GROUPED_QUERY,
     "router": Key(_MIXTURE + "gate.weight", "E D -> D E", "moe", Key(_FUSED + "gate.weight", "E D -> D E", "moe")),
     "experts.gate_up": Key(
         (_EXPERT + "w1.weight", _EXPERT + "w3.weight"),
@@ -36,8 +30,6 @@ KEYS = {
     "experts.down": Key(
         _EXPERT + "w2.weight", "D F -> F D", "moe", Key(_FUSED + "experts.down_proj", "expert D F -> F D", "moe")
     ),
-    "norm": Key("model.norm.weight", "D"),
-    "lm_head": Key("lm_head.weight", "V D"),
 }
 
 

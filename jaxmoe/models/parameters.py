@@ -1,8 +1,6 @@
 """How many parameters a model has, and how many a token meets; from its config alone."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +8,7 @@ from flax import nnx
 
 from jaxmoe.models.config import ModelConfig
 from jaxmoe.models.decoder import Decoder
+from jaxmoe.models.keys import flat
 from jaxmoe.sharding.mesh import MeshSpec, make_mesh
 
 
@@ -45,15 +44,6 @@ def count_parameters(family: type[Decoder], config: ModelConfig) -> ParameterCou
             idle += size // config.experts * (config.experts - config.experts_per_token)
     embedding = 0 if config.tie_embeddings else config.vocab_size * config.width
     return ParameterCount(total, total - idle, embedding, mtp)
-
-
-def flat(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of a nested dict by dotted path."""
-    for name, node in tree.items():
-        if isinstance(node, Mapping):
-            yield from flat(node, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", node
 
 
 def _shapes(family: type[Decoder], config: ModelConfig) -> dict[str, tuple[int, ...]]:

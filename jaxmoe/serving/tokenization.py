@@ -25,7 +25,9 @@ _MAX_ARCHIVE_BYTES = 200 << 20
 
 
 def read_files(directory: str | pathlib.Path) -> dict[str, bytes]:
-    """The tokenizer's files of a checkpoint, by name; empty if it has none."""
+    """The tokenizer's files of a checkpoint, by name; empty if it has none, or if there is no checkpoint ("")."""
+    if not str(directory):
+        return {}
     root = pathlib.Path(directory)
     paths = [root / name for name in _FILES] + sorted(root.glob("*.jinja"))
     return {path.name: path.read_bytes() for path in paths if path.is_file()}

@@ -185,3 +185,9 @@ def test_nothing_of_the_front_end_or_the_client_loads_jax():
     program = f"import sys; from jaxmoe.serving import {modules}; import jaxmoe.generate; print('jax' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
+
+
+def test_without_a_checkpoint_no_file_of_the_current_folder_is_taken_for_its_tokenizer(checkpoint, monkeypatch):
+    monkeypatch.chdir(checkpoint)
+    assert read_files("") == {}
+    assert "tokenizer.json" in read_files(checkpoint)
