@@ -26,7 +26,7 @@ from jaxmoe.checkpoints.loader import (
 from jaxmoe.checkpoints.native import is_native, load_native
 from jaxmoe.engine.pages import pages_reached
 from jaxmoe.errors import ConfigError, InvalidRequestError
-from jaxmoe.models.config import ModelConfig, text_config, token_ids
+from jaxmoe.models.config import rules_for, text_config, token_ids
 from jaxmoe.models.decoder import RANK_ROWS, Decoder, Execution, merge
 from jaxmoe.models.kv_cache import PagedContext, make_cache
 from jaxmoe.models.presets import read_preset
@@ -35,7 +35,6 @@ from jaxmoe.models.registry import family_of
 from jaxmoe.moe.placement import initial_placement
 from jaxmoe.sharding.devices import virtual_devices
 from jaxmoe.sharding.mesh import RANKS, MeshSpec, make_mesh, slots_for
-from jaxmoe.sharding.rules import check_divisible
 
 Progress = Callable[[str, int, int], None]
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -93,16 +92,13 @@ class Model:
             # Some exporters keep the promise of further layers in the config and leave their tensors out.
             self.config = dataclasses.replace(self.config, mtp_layers=0)
         config, spec = self.config, self.mesh_spec
-        check_divisible(spec, **_split_sizes(config))
+        self.rules = rules_for(config, spec)
         virtual_devices(spec.num_devices)
         self.mesh = make_mesh(spec)
         slots = slots_for(config.experts, spec)
         placement = initial_placement(len(config.stacks["moe"]), config.experts, slots)
         with jax.set_mesh(self.mesh):
-            # The vocabulary is split where tp divides it and whole on every device where it does not.
-            self.abstract: Decoder = nnx.eval_shape(
-                lambda: family(config, slots, self.dtype, nnx.Rngs(0), vocab_split=config.vocab_size % spec.tp == 0)
-            )
+            self.abstract: Decoder = nnx.eval_shape(lambda: family(config, slots, self.dtype, nnx.Rngs(0), self.rules))
         slot_expert = np.asarray(placement.slot_expert)
         self.params = self._load(hf, slot_expert, functools.partial(progress, "loading weights"))
         self.placement = jax.device_put(placement, NamedSharding(self.mesh, P()))
@@ -174,7 +170,7 @@ class Model:
             raise InvalidRequestError(f"prefill={prefill} must be between 1 and the {len(tokens)} tokens", "prefill")
         spans, total = self.config.spans, -(-len(tokens) // page_size)
         rings = [pages_reached(span, prefill, page_size, total) for span in spans]
-        cache = make_cache(self.config, self.mesh, tuple(rings), page_size, self.dtype)
+        cache = make_cache(self.config, self.mesh, self.rules, tuple(rings), page_size, self.dtype)
         rows = []
         for start in (0, *range(prefill, len(tokens))):
             count = prefill if start == 0 else 1
@@ -262,17 +258,3 @@ class Model:
             return model.logits(hidden).astype(jnp.float32)
 
         return jax.jit(forward)
-
-
-def _split_sizes(config: ModelConfig) -> dict[str, int]:
-    """The axes that `tp` splits, by name."""
-    sizes = {"heads": config.heads}
-    if config.latent is None:
-        sizes["kv_heads"] = config.kv_heads
-    if config.stacks["moe"]:
-        sizes["expert_width"] = config.expert_width
-        if config.shared_width:
-            sizes["shared_width"] = config.shared_width
-    if config.stacks["dense"]:
-        sizes["dense_width"] = config.dense_width
-    return sizes

@@ -35,7 +35,7 @@ class Runner:
             )
         self.groups = page_groups(model, config, self.max_context)
         pages = tuple(group.pages_per_rank for group in self.groups)
-        self._cache = make_cache(model.config, model.mesh, pages, config.page_size, model.dtype)
+        self._cache = make_cache(model.config, model.mesh, model.rules, pages, config.page_size, model.dtype)
         self._packing = Packing(model.config.spans, config.page_size)
         self._buckets = Buckets(config, self.max_context, self._packing)
         self.executables = Executables(model, self._cache, self._packing)
@@ -82,7 +82,7 @@ def page_groups(model: Model, config: EngineConfig, max_context: int) -> tuple[P
     longest = max(spans, key=lambda span: (span == FULL, span.size))
     enough = of_one[spans.index(longest)]
     page_bytes = [
-        bytes_per_page(model.config, group, page_size, model.dtype, model.mesh_spec.tp) for group in range(len(spans))
+        bytes_per_page(model.config, group, page_size, model.dtype, model.rules) for group in range(len(spans))
     ]
 
     def pages(most: int, sequences: int) -> list[int]:

@@ -16,7 +16,7 @@ from jaxmoe.ops.attention import attention, causal_mask
 from jaxmoe.ops.norms import rms_norm
 from jaxmoe.ops.rope import cos_sin, rotate
 from jaxmoe.sharding.mesh import RANKS
-from jaxmoe.sharding.rules import partition
+from jaxmoe.sharding.rules import Rules
 
 RANK_ROWS = P(RANKS, None, None)
 # One layer's parameters by name: shape, and the deviation of the random initial value; 0 for ones.
@@ -48,12 +48,12 @@ class CachedAttention(nnx.Module):
 
     SPLIT: ClassVar[dict[str, tuple[str | None, ...]]]
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        self.config = config
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs, rules: Rules) -> None:
+        self.config, self.rules = config, rules
         for name, (shape, scale) in self.shapes().items():
             full = (len(config.all_kinds), *shape)
             value = jax.random.normal(rngs.params(), full, dtype) * scale if scale else jnp.ones(full, dtype)
-            setattr(self, name, nnx.Param(value, out_sharding=partition(*self.SPLIT[name])))
+            setattr(self, name, nnx.Param(value, out_sharding=rules.partition(*self.SPLIT[name])))
 
     def shapes(self) -> Shapes:
         """Of one layer."""
@@ -75,7 +75,6 @@ class CachedAttention(nnx.Module):
         self, x: Hidden, positions: Positions, kind: LayerKind, at: Place, context: PagedContext | None
     ) -> tuple[Hidden, PagedContext | None]:
         """Attends within the batch's own rows (no context), or writes them to the cache and attends over the pages."""
-        tp = jax.sharding.get_abstract_mesh().shape["tp"]
         stacks = {name: getattr(self, name)[...] for name in self.shapes()}
 
         def local(
@@ -85,14 +84,14 @@ class CachedAttention(nnx.Module):
             weights = {name: stack[layer] for name, stack in stacks.items()}
             own = Paging(paging[0], paging[1][0], paging[2][0]) if paging is not None else None
             result, pages = self.mix(rows, positions[0], kind, weights, cached, own)
-            result = jax.lax.psum(result, "tp") if tp > 1 else result
+            result = jax.lax.psum(result, "tp") if "heads" in self.rules.split else result
             if "out_bias" in weights:
                 result = result + weights["out_bias"]
             return result.reshape(x.shape), pages
 
-        pages_specs = kv_cache.cache_partitions(self.config) if context is not None else ()
+        pages_specs = kv_cache.cache_partitions(self.config, self.rules) if context is not None else ()
         paging_specs: Any = (pages_specs, RANK_ROWS, P(RANKS, None)) if context is not None else None
-        stack_specs = {name: partition(*self.SPLIT[name]) for name in stacks}
+        stack_specs = {name: self.rules.partition(*self.SPLIT[name]) for name in stacks}
         run = jax.shard_map(
             local,
             in_specs=(RANK_ROWS, RANK_ROWS, P(), P(), stack_specs, paging_specs),
@@ -170,6 +169,10 @@ class Attention(CachedAttention):
             )
             key, value = (kv_cache.read(stored, cached, paging.table).astype(x.dtype) for stored in pages)
             key_positions = kv_cache.positions_of(paging.table, paging.first, pages[0].shape[2])
+        if "kv_heads" not in self.rules.split and self.rules.parts("heads") > 1:
+            # More devices than key-value heads: all of these are on each, and its query heads meet one of them.
+            own = jax.lax.axis_index("tp") * config.kv_heads // self.rules.parts("heads")
+            key, value = (jax.lax.dynamic_slice_in_dim(heads, own, 1, axis=2) for heads in (key, value))
         mask = causal_mask(positions, key_positions, kind.span)
         mixed = attention(query, key, value, mask, config.score_scale)
         return jnp.einsum("bthk,hkd->btd", mixed, weights["out"]), pages

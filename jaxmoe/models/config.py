@@ -7,8 +7,10 @@ from types import UnionType
 from typing import Any
 
 from jaxmoe.errors import CheckpointError
-from jaxmoe.ops.grouped_matmul import ACTIVATIONS
+from jaxmoe.ops.gating import ACTIVATIONS
 from jaxmoe.ops.rope import RopeConfig
+from jaxmoe.sharding.mesh import MeshSpec
+from jaxmoe.sharding.rules import Rules
 from jaxmoe.spans import FULL, Span
 
 # Present in many configs and without effect on what the model computes at inference; how weights are quantised is the
@@ -284,3 +286,26 @@ def rope_from(fields: Fields, default_theta: float, max_position: int) -> RopeCo
         )
     inner.finish()
     return rope
+
+
+def rules_for(config: ModelConfig, spec: MeshSpec) -> Rules:
+    """How `tp` splits the model: each axis that it divides; heads together with the key-value heads that they meet.
+
+    With more devices than key-value heads, those are whole on each. Raises MeshError if `tp` divides nothing.
+    """
+    sizes = {"heads": config.heads, "vocab": config.vocab_size}
+    if config.latent is None:
+        sizes["kv_heads"] = config.kv_heads
+    if config.stacks["moe"]:
+        sizes["expert_width"] = config.expert_width
+        if config.shared_width:
+            sizes["shared_width"] = config.shared_width
+    if config.stacks["dense"]:
+        sizes["dense_width"] = config.dense_width
+    rules = Rules.fit(spec, **sizes)
+    whole = set()
+    if config.latent is None and config.kv_heads % spec.tp and spec.tp % config.kv_heads:
+        whole.add("heads")
+    if "heads" not in rules.split - whole:
+        whole.add("kv_heads")
+    return dataclasses.replace(rules, split=rules.split - whole)

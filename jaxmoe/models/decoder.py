@@ -18,12 +18,13 @@ from jaxmoe.models.keys import Keys
 from jaxmoe.models.kv_cache import PagedContext
 from jaxmoe.models.latent_attention import LatentAttention
 from jaxmoe.models.segments import Segment, segments
-from jaxmoe.moe.dispatch import Strategy, mixture
+from jaxmoe.moe.dispatch import mixture
 from jaxmoe.moe.experts import Experts
 from jaxmoe.moe.placement import Placement, choose_slots
 from jaxmoe.moe.routing import Routing
+from jaxmoe.moe.strategy import Strategy
 from jaxmoe.ops.norms import rms_norm
-from jaxmoe.sharding.rules import RULES, partition
+from jaxmoe.sharding.rules import Rules
 
 EVERYWHERE = P()
 DecoderT = TypeVar("DecoderT", bound="Decoder")
@@ -37,7 +38,7 @@ class Execution:
         longer to compile, so only training (whose gradients would pass through the scan) asks for it.
     """
 
-    strategy: Strategy = "all_to_all"
+    strategy: Strategy = "auto"
     capacity_factor: float = 2.0
     unroll: bool = False
 
@@ -82,10 +83,15 @@ class Decoder(nnx.Module):
         raise NotImplementedError
 
     def __init__(
-        self, config: ModelConfig, slots: int, dtype: jnp.dtype, rngs: nnx.Rngs, vocab_split: bool = False
+        self,
+        config: ModelConfig,
+        slots: int,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        rules: Rules = Rules(),  # noqa: B008 - frozen
     ) -> None:
-        self.config = config
-        self.vocab_partition = partition("vocab" if vocab_split else None, None)
+        self.config, self.rules = config, rules
+        self.vocab_partition = rules.partition("vocab", None)
         width = config.width
         layers, mixtures, dense, mtp = (len(config.stacks[name]) for name in ("all", "moe", "dense", "mtp"))
 
@@ -97,24 +103,24 @@ class Decoder(nnx.Module):
         def ones(*shape: int) -> nnx.Param:
             return nnx.Param(jnp.ones(shape, dtype), out_sharding=P())
 
-        def feed_forward(count: int, inner: int) -> FeedForward:
-            return FeedForward(count, width, inner, config.activation, layers, dtype, rngs)
+        def feed_forward(count: int, inner: int, meaning: str) -> FeedForward:
+            return FeedForward(count, width, inner, config.activation, layers, dtype, rngs, rules, meaning)
 
         self.embed = normal((config.vocab_size, width), 0.02, self.vocab_partition)
         self.attention_norm = ones(layers, width)
-        self.attention = (LatentAttention if config.latent else Attention)(config, dtype, rngs)
+        self.attention = (LatentAttention if config.latent else Attention)(config, dtype, rngs, rules)
         self.feed_forward_norm = ones(layers, width)
         if dense:
-            self.dense = feed_forward(dense, config.dense_width)
+            self.dense = feed_forward(dense, config.dense_width, "dense_width")
         if mixtures:
             self.router = normal((mixtures, width, config.experts), width**-0.5, of=self.router_dtype)
             self.experts = Experts(
-                mixtures, slots, width, config.expert_width, config.activation, dtype, rngs, depth=layers
+                mixtures, slots, width, config.expert_width, config.activation, dtype, rngs, rules, depth=layers
             )
             if config.groups is not None:
                 self.router_bias = nnx.Param(jnp.zeros((mixtures, config.experts), jnp.float32), out_sharding=P())
             if config.shared_width:
-                self.shared = feed_forward(mixtures, config.shared_width)
+                self.shared = feed_forward(mixtures, config.shared_width, "shared_width")
         self.norm = ones(width)
         if not config.tie_embeddings:
             self.lm_head = normal((config.vocab_size, width), width**-0.5, self.vocab_partition)
@@ -271,20 +277,16 @@ class Decoder(nnx.Module):
 
         def local(hidden: Array, table: Array) -> Array:
             part = jnp.einsum("rnd,vd->rnv", hidden, table)
-            return jax.lax.all_gather(part, "tp", axis=2, tiled=True) if self._vocab_is_split else part
+            return jax.lax.all_gather(part, "tp", axis=2, tiled=True) if "vocab" in self.rules.split else part
 
         with jax.named_scope("logits"):
             run = jax.shard_map(local, in_specs=(RANK_ROWS, self.vocab_partition), out_specs=RANK_ROWS, check_vma=False)
             return run(hidden, table[...])
 
-    @property
-    def _vocab_is_split(self) -> bool:
-        return self.vocab_partition[0] == RULES["vocab"] and jax.sharding.get_abstract_mesh().shape["tp"] > 1
-
     def _embed(self, tokens: Tokens) -> Hidden:
         def local(tokens: Array, table: Array) -> Array:
             flat = tokens.reshape(tokens.shape[0], -1)
-            if not self._vocab_is_split:
+            if "vocab" not in self.rules.split:
                 return table.at[flat].get(mode="clip")
             here = flat - jax.lax.axis_index("tp") * table.shape[0]
             rows = table.at[here].get(mode="clip")

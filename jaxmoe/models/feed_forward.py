@@ -7,40 +7,48 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from jaxmoe.axes import Hidden, Layer
-from jaxmoe.ops.grouped_matmul import swiglu
+from jaxmoe.ops.gating import swiglu
 from jaxmoe.sharding.mesh import RANKS
-from jaxmoe.sharding.rules import partition
+from jaxmoe.sharding.rules import Rules
 
 
 class FeedForward(nnx.Module):
     """gate_up [L, D, 2, F] (gate first) and down [L, F, D] of the layers that have one; every rank has its own copy."""
 
-    GATE_UP = (None, None, None, "dense_width")
-    DOWN = (None, "dense_width", None)
-
     def __init__(
-        self, layers: int, width: int, inner: int, activation: str, depth: int, dtype: jnp.dtype, rngs: nnx.Rngs
+        self,
+        layers: int,
+        width: int,
+        inner: int,
+        activation: str,
+        depth: int,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        rules: Rules,
+        meaning: str,
     ) -> None:
+        """meaning: of the inner width, to `rules`: "dense_width" or "shared_width"."""
         self.activation = activation
+        self.is_split = meaning in rules.split
+        self.gate_up_partition = rules.partition(None, None, None, meaning)
+        self.down_partition = rules.partition(None, meaning, None)
 
-        def normal(shape: tuple[int, ...], scale: float, meaning: tuple[str | None, ...]) -> nnx.Param:
-            return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * scale, out_sharding=partition(*meaning))
+        def normal(shape: tuple[int, ...], scale: float, spec: P) -> nnx.Param:
+            return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * scale, out_sharding=spec)
 
-        self.gate_up = normal((layers, width, 2, inner), width**-0.5, self.GATE_UP)
-        self.down = normal((layers, inner, width), (2 * depth * inner) ** -0.5, self.DOWN)
+        self.gate_up = normal((layers, width, 2, inner), width**-0.5, self.gate_up_partition)
+        self.down = normal((layers, inner, width), (2 * depth * inner) ** -0.5, self.down_partition)
 
     def __call__(self, x: Hidden, layer: Layer) -> Hidden:
-        tp = jax.sharding.get_abstract_mesh().shape["tp"]
-
         def local(x: Array, layer: Array, gate_up: Array, down: Array) -> Array:
             hidden = swiglu(jnp.einsum("rnd,dtf->rntf", x, gate_up[layer]), self.activation)
             out = jnp.einsum("rnf,fd->rnd", hidden, down[layer])
-            return jax.lax.psum(out, "tp") if tp > 1 else out
+            return jax.lax.psum(out, "tp") if self.is_split else out
 
         ranks = P(RANKS, None, None)
         run = jax.shard_map(
             local,
-            in_specs=(ranks, P(), partition(*self.GATE_UP), partition(*self.DOWN)),
+            in_specs=(ranks, P(), self.gate_up_partition, self.down_partition),
             out_specs=ranks,
             check_vma=False,
         )

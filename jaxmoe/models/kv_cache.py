@@ -18,8 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxmoe.axes import Layer
 from jaxmoe.models.config import ModelConfig
-from jaxmoe.sharding.mesh import spec_of
-from jaxmoe.sharding.rules import partition
+from jaxmoe.sharding.rules import Rules
 
 # Arrays of one group: keys (already rotated) and values [L, pages of all ranks, page, Kv, d], or where attention is
 # latent a single one, of the normed latent and the rotated key of all heads [L, pages of all ranks, page, r + dr].
@@ -46,15 +45,20 @@ def cache_vectors(config: ModelConfig) -> tuple[tuple[int, ...], ...]:
     return ((config.kv_heads, config.head_dim),) * 2
 
 
-def cache_partitions(config: ModelConfig) -> tuple[P, ...]:
+def cache_partitions(config: ModelConfig, rules: Rules) -> tuple[P, ...]:
     """How each array of a group is split: pages over ranks, key-value heads over `tp`, a latent not at all."""
     if config.latent is not None:
-        return (partition(None, "ranks", None, None),)
-    return (partition(None, "ranks", None, "kv_heads", None),) * 2
+        return (rules.partition(None, "ranks", None, None),)
+    return (rules.partition(None, "ranks", None, "kv_heads", None),) * 2
 
 
 def make_cache(
-    config: ModelConfig, mesh: jax.sharding.Mesh, pages_per_rank: tuple[int, ...], page_size: int, dtype: jnp.dtype
+    config: ModelConfig,
+    mesh: jax.sharding.Mesh,
+    rules: Rules,
+    pages_per_rank: tuple[int, ...],
+    page_size: int,
+    dtype: jnp.dtype,
 ) -> KVCache:
     """An empty cache, allocated on its devices. pages_per_rank: of each group."""
 
@@ -62,8 +66,8 @@ def make_cache(
         make = jax.jit(lambda: jnp.zeros(shape, dtype, out_sharding=spec), out_shardings=NamedSharding(mesh, spec))
         return make()
 
-    ranks = spec_of(mesh).num_ranks
-    arrays = list(zip(cache_vectors(config), cache_partitions(config), strict=True))
+    ranks = rules.spec.num_ranks
+    arrays = list(zip(cache_vectors(config), cache_partitions(config, rules), strict=True))
     with jax.set_mesh(mesh):
         return tuple(
             tuple(
@@ -73,10 +77,10 @@ def make_cache(
         )
 
 
-def bytes_per_page(config: ModelConfig, group: int, page_size: int, dtype: jnp.dtype, tp: int = 1) -> int:
+def bytes_per_page(config: ModelConfig, group: int, page_size: int, dtype: jnp.dtype, rules: Rules) -> int:
     """Bytes on one device of one page of a group, over all the group's layers."""
     numbers = sum(math.prod(vector) for vector in cache_vectors(config))
-    split = 1 if config.latent is not None else tp
+    split = 1 if config.latent is not None else rules.parts("kv_heads")
     return len(config.layers_of(config.spans[group])) * page_size * numbers // split * jnp.dtype(dtype).itemsize
 
 

@@ -6,12 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from jaxmoe.models.decoder import Decoder
 from jaxmoe.moe.experts import Experts
-from jaxmoe.sharding.rules import partition
 
 
 def random_params(
@@ -23,10 +21,9 @@ def random_params(
     model is the same whatever the mesh.
     """
     config, slots = abstract.config, slot_expert.shape[-1]
-    split = abstract.vocab_partition[0] is not None
 
     def make() -> dict[str, Any]:
-        model = type(abstract)(config, slots, dtype, nnx.Rngs(seed), split)
+        model = type(abstract)(config, slots, dtype, nnx.Rngs(seed), abstract.rules)
         params = nnx.to_pure_dict(nnx.state(model))
         if "experts" in params:
             params["experts"] = _experts(model.experts, jnp.asarray(slot_expert), seed)
@@ -44,7 +41,7 @@ def _experts(experts: Experts, slot_expert: Int[Array, "L S"], seed: int) -> dic
     }
     made = {}
     for number, (name, (meaning, shape, split_axis, scale)) in enumerate(shapes.items()):
-        spec = partition(*meaning)
+        spec = experts.rules.partition(*meaning)
         dtype = getattr(experts, name).dtype
 
         def local(
@@ -55,16 +52,18 @@ def _experts(experts: Experts, slot_expert: Int[Array, "L S"], seed: int) -> dic
             number: int = number,
             dtype: Any = dtype,
         ) -> Array:
-            tp = jax.sharding.get_abstract_mesh().shape["tp"]
-            part = shape[axis] // tp
+            parts = experts.rules.parts("expert_width")
+            part = shape[axis] // parts
 
             def one(layer: Array, expert: Array) -> Array:
                 key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed + 1 + number), layer), expert)
                 whole = jax.random.normal(key, shape, dtype) * scale
-                return jax.lax.dynamic_slice_in_dim(whole, jax.lax.axis_index("tp") * part, part, axis)
+                own = jax.lax.axis_index("tp") % parts
+                return jax.lax.dynamic_slice_in_dim(whole, own * part, part, axis)
 
             return jax.lax.map(lambda at: jax.vmap(one, (None, 0))(*at), (jnp.arange(layers), held))
 
-        held = jax.sharding.reshard(slot_expert, P(None, "ep"))
-        made[name] = jax.shard_map(local, in_specs=P(None, "ep"), out_specs=spec, check_vma=False)(held)
+        by_slot = experts.rules.partition(None, "slots")
+        held = jax.sharding.reshard(slot_expert, by_slot)
+        made[name] = jax.shard_map(local, in_specs=by_slot, out_specs=spec, check_vma=False)(held)
     return made

@@ -1,13 +1,10 @@
-"""The expert networks: gated MLPs, stacked over layers and physical slots, split over `ep` (slots) and `tp` (width)."""
+"""The expert networks: gated MLPs, stacked over layers and physical slots, split over expert axes (slots) and `tp`."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
 
-from jaxmoe.axes import Layer
-from jaxmoe.ops.grouped_matmul import Implementation, grouped_matmul, swiglu
-from jaxmoe.sharding.rules import partition
+from jaxmoe.sharding.rules import Rules
 
 
 class Experts(nnx.Module):
@@ -25,40 +22,17 @@ class Experts(nnx.Module):
         activation: str,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
+        rules: Rules = Rules(),  # noqa: B008 - frozen
         depth: int | None = None,
     ) -> None:
-        self.activation = activation
+        self.activation, self.rules = activation, rules
         key = rngs.params
         self.gate_up = nnx.Param(
             jax.random.normal(key(), (layers, slots, width, 2, expert_width), dtype) * width**-0.5,
-            out_sharding=partition(*self.GATE_UP),
+            out_sharding=rules.partition(*self.GATE_UP),
         )
         self.down = nnx.Param(
             jax.random.normal(key(), (layers, slots, expert_width, width), dtype)
             * (2 * (depth or layers) * expert_width) ** -0.5,
-            out_sharding=partition(*self.DOWN),
+            out_sharding=rules.partition(*self.DOWN),
         )
-
-
-def apply_experts(
-    rows: Float[Array, "M D"],
-    slots: Int[Array, "M"],
-    gate_up: Float[Array, "L S D two F"],
-    down: Float[Array, "L S F D"],
-    layer: Layer,
-    activation: str,
-    implementation: Implementation = "tiles",
-) -> Float[Array, "M D"]:
-    """Every row through the network of its slot among those given (this device's); slot -1 gives zeros.
-
-    Under `tp` the arrays hold a part of the width and so the result is a partial sum.
-    """
-    num_slots = gate_up.shape[1]
-    order = jnp.argsort(jnp.where(slots < 0, num_slots, slots), stable=True)
-    sizes = jnp.sum(slots[:, None] == jnp.arange(num_slots), axis=0, dtype=jnp.int32)
-    offset = layer * num_slots
-    fused = gate_up.reshape(-1, gate_up.shape[2], 2 * gate_up.shape[4])
-    hidden = grouped_matmul(rows[order], fused, sizes, offset, implementation)
-    hidden = swiglu(hidden.reshape(len(order), 2, -1), activation)
-    out = grouped_matmul(hidden, down.reshape(-1, *down.shape[2:]), sizes, offset, implementation)
-    return out[jnp.argsort(order)]

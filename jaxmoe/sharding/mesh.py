@@ -1,7 +1,8 @@
 """From `dp=2,ep=4` to a `jax.sharding.Mesh` with an explicit expert axis.
 
-Axes: `dp` replicates experts and splits requests, `ep` splits experts and requests, `tp` splits heads, expert width and
-vocabulary. Every (dp, ep) coordinate is an *attention rank* that owns its requests and their KV pages.
+Axes: `dp` splits requests, `ep` requests and experts, `tp` heads, expert width and vocabulary. Experts lie over `ep`, a
+copy for every `dp` coordinate, or over `dp` and `ep` together, on every device once. Every (dp, ep) coordinate is an
+*attention rank* that owns its requests and their KV pages.
 """
 
 import dataclasses
@@ -15,25 +16,36 @@ from jaxmoe.errors import MeshError
 
 AXES = ("dp", "ep", "tp")
 RANKS = ("dp", "ep")
+EXPERT_AXES = (("ep",), RANKS)
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshSpec:
-    """How many devices lie along each axis. `MeshSpec.parse("dp=2,ep=4")` reads the command line's form."""
+    """How many devices lie along each axis. `MeshSpec.parse("dp=2,ep=4")` reads the command line's form.
+
+    expert_axes: over which axes the experts are spread: ("ep",) or ("dp", "ep").
+    """
 
     dp: int = 1
     ep: int = 1
     tp: int = 1
+    expert_axes: tuple[str, ...] = ("ep",)
 
     def __post_init__(self) -> None:
         for axis in AXES:
             size = getattr(self, axis)
             if not isinstance(size, int) or size < 1:
                 raise MeshError(f"mesh axis {axis}={size!r} must be a whole number of at least 1")
+        if self.expert_axes not in EXPERT_AXES:
+            choices = " or ".join(",".join(axes) for axes in EXPERT_AXES)
+            raise MeshError(f"expert axes {','.join(self.expert_axes)!r} are not supported; use {choices}")
 
     @classmethod
-    def parse(cls, text: str) -> "MeshSpec":
-        """Reads `axis=size,...` with axes dp, ep, tp in any order; an absent axis is 1. Raises MeshError."""
+    def parse(cls, text: str, expert_axes: str = "ep") -> "MeshSpec":
+        """Reads `axis=size,...` with axes dp, ep, tp in any order; an absent axis is 1. Raises MeshError.
+
+        expert_axes: "ep" or "dp,ep".
+        """
         sizes: dict[str, int] = {}
         for part in filter(None, (piece.strip() for piece in text.split(","))):
             axis, equals, size = (piece.strip() for piece in part.partition("="))
@@ -44,7 +56,7 @@ class MeshSpec:
             if not size.isascii() or not size.isdigit() or int(size) < 1:
                 raise MeshError(f"mesh {text!r}: {axis}={size} must be a whole number of at least 1")
             sizes[axis] = int(size)
-        return cls(**sizes)
+        return cls(**sizes, expert_axes=tuple(axis.strip() for axis in expert_axes.split(",")))
 
     @property
     def num_devices(self) -> int:
@@ -54,6 +66,11 @@ class MeshSpec:
     def num_ranks(self) -> int:
         """Attention ranks: (dp, ep) coordinates."""
         return self.dp * self.ep
+
+    @property
+    def expert_devices(self) -> int:
+        """Devices over which one copy of the experts is spread, each with its `tp` peers."""
+        return math.prod(getattr(self, axis) for axis in self.expert_axes)
 
     def __str__(self) -> str:
         return ",".join(f"{axis}={getattr(self, axis)}" for axis in AXES if axis != "tp" or self.tp > 1)
@@ -82,10 +99,6 @@ def make_mesh(spec: MeshSpec) -> Mesh:
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=chosen)
 
 
-def spec_of(mesh: Mesh) -> MeshSpec:
-    return MeshSpec(**{axis: mesh.shape[axis] for axis in AXES})
-
-
 def slots_for(num_experts: int, spec: MeshSpec, redundant: int = 0) -> int:
-    """Physical slots: at least one per logical expert plus `redundant`, rounded up to fill every device along `ep`."""
-    return math.ceil((num_experts + redundant) / spec.ep) * spec.ep
+    """Physical slots: one for each logical expert and `redundant` more, rounded up to as many on every device."""
+    return math.ceil((num_experts + redundant) / spec.expert_devices) * spec.expert_devices

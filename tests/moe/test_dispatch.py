@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 
-from jaxmoe.moe.dispatch import TOKENS, capacity_for, mixture
+from jaxmoe.moe.dispatch import TOKENS, mixture
 from jaxmoe.moe.experts import Experts
 from jaxmoe.moe.placement import choose_slots, initial_placement
 from jaxmoe.sharding.mesh import MeshSpec, make_mesh, slots_for
+from jaxmoe.sharding.rules import Rules
 
 LAYERS, WIDTH, EXPERT_WIDTH, CHOICES, ROWS = 2, 16, 24, 2, 20
 LAYER = 1
@@ -42,7 +43,16 @@ class Setup:
         self.down = rng.normal(size=(LAYERS, num_experts, EXPERT_WIDTH, WIDTH)) * 0.3
         with jax.set_mesh(self.mesh):
             experts = nnx.eval_shape(
-                lambda: Experts(LAYERS, num_slots, WIDTH, EXPERT_WIDTH, "silu", jnp.dtype(dtype), nnx.Rngs(0))
+                lambda: Experts(
+                    LAYERS,
+                    num_slots,
+                    WIDTH,
+                    EXPERT_WIDTH,
+                    "silu",
+                    jnp.dtype(dtype),
+                    nnx.Rngs(0),
+                    Rules.fit(spec, expert_width=EXPERT_WIDTH),
+                )
             )
         self.graph, self.state = nnx.split(experts)
         for name, values in (("gate_up", self.gate_up), ("down", self.down)):
