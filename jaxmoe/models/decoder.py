@@ -34,12 +34,14 @@ DecoderT = TypeVar("DecoderT", bound="Decoder")
 class Execution:
     """How the same mathematics is laid out in a compiled program; never changes a token.
 
+    strategy, capacity_factor, platform: see `moe.dispatch.mixture`.
     unroll: write the layers out instead of scanning over them. Steps are equally fast on a CPU and programs three times
         longer to compile, so only training (whose gradients would pass through the scan) asks for it.
     """
 
     strategy: Strategy = "auto"
     capacity_factor: float = 2.0
+    platform: str = "cpu"
     unroll: bool = False
 
 
@@ -266,6 +268,7 @@ class Decoder(nnx.Module):
             execution.strategy,
             execution.capacity_factor,
             self.weigh_input,
+            execution.platform,
         )
         if self.config.shared_width:
             mixed = mixed + self.shared(x, layer)

@@ -46,7 +46,7 @@ def compile_on():
 
     def step(model, program):
         pages = (8,) * len(model.config.spans)
-        cache = make_cache(model.config, model.mesh, pages, 4, model.dtype)
+        cache = make_cache(model.config, model.mesh, model.rules, pages, 4, model.dtype)
         executables = Executables(model, cache, Packing(model.config.spans, 4))
         if program == "sampling":
             return executables.compile_sampling(DECODE.batch)
