@@ -32,7 +32,8 @@ from jaxmoe.models.kv_cache import PagedContext, make_cache
 from jaxmoe.models.presets import read_preset
 from jaxmoe.models.random_weights import random_params
 from jaxmoe.models.registry import family_of
-from jaxmoe.moe.placement import initial_placement
+from jaxmoe.moe.moving import mover, slot_sources
+from jaxmoe.moe.placement import initial_placement, placement_of
 from jaxmoe.moe.strategy import Mixture, Strategy, check_strategy, choose
 from jaxmoe.sharding.devices import virtual_devices
 from jaxmoe.sharding.mesh import RANKS, MeshSpec, make_mesh, slots_for
@@ -158,6 +159,26 @@ class Model:
         if whole := sorted(set(split_sizes(config)) - self.rules.split) if spec.tp > 1 else []:
             parts.append(f"tp leaves {', '.join(whole)} whole")
         return "".join(f"; {part}" for part in parts)
+
+    def place_experts(self, slot_expert: Int[np.ndarray, "L S"]) -> None:
+        """Moves experts so that slot s of mixture l holds slot_expert[l, s]; the answers stay the same.
+
+        Steps read placement and weights as arguments, so nothing is compiled anew but, the first time, the move.
+        Raises ConfigError, and changes nothing, on another shape or if an expert has no slot.
+        """
+        old, new = np.asarray(self.placement.slot_expert), np.asarray(slot_expert, np.int32)
+        if new.shape != old.shape:
+            raise ConfigError(f"a placement of {new.shape} mixtures and slots does not fit {old.shape}")
+        placement = placement_of(new, self.config.experts)
+        stacks = self.params["experts"]
+        move = mover(self.mesh, self.rules, tuple(leaf.sharding.spec for leaf in stacks.values()))
+        leaves = tuple(stacks.values())
+        for layer in np.flatnonzero((old != new).any(axis=1)):
+            sources = slot_sources(old[layer], new[layer], self.mesh_spec.expert_devices)
+            leaves = move(leaves, np.int32(layer), sources)
+            # What was there before is gone with the call.
+            self.params["experts"] = dict(zip(stacks, leaves, strict=True))
+        self.placement = jax.device_put(placement, NamedSharding(self.mesh, P()))
 
     def strategy(self, tokens: int) -> Strategy:
         """How mixtures dispatch in a program of so many tokens a rank."""

@@ -35,11 +35,8 @@ def pages_of(model, max_context, **limits):
 
 
 def gib_of(model, pages):
-    sizes = enumerate(pages.items())
-    return (
-        sum(count * bytes_per_page(model.config, group, 16, model.dtype, model.rules) for group, (_, count) in sizes)
-        / 2**30
-    )
+    each = (bytes_per_page(model.config, group, 16, model.dtype, model.rules) for group in range(len(pages)))
+    return sum(count * size for count, size in zip(pages.values(), each, strict=True)) / 2**30
 
 
 def test_memory_enough_gives_a_full_batch_at_full_context_but_short_spans_only_what_they_see():
