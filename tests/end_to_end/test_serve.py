@@ -112,6 +112,14 @@ def test_a_client_that_knows_nothing_but_the_address_streams_text(server, tokeni
     assert re.search(r"[A-Za-z]{2,}", text)
 
 
+def test_128_devices_answer_as_eight_do(server, pytestconfig, prompts):
+    limits = ("--max-batch", "1", "--max-context", "128", "--max-prefill-tokens", "64")
+    with Client(server) as client:
+        expected = [tokens_of(client, prompt) for prompt in prompts[:3]]
+    with serving("--mesh", "dp=8,ep=16", *limits, env=environment(pytestconfig)) as address, Client(address) as client:
+        assert [tokens_of(client, prompt) for prompt in prompts[:3]] == expected
+
+
 @pytest.mark.parametrize(("name", "mesh"), [("deepseek-v3", "ep=4"), ("llama4", "dp=2,ep=2")])
 def test_every_embedded_model_answers_as_it_does_in_this_process(pytestconfig, tokenizer, name, mesh):
     # Llama 4's answer begins in one chunk of its attention and ends in the next.
