@@ -22,7 +22,6 @@ from jaxmoe.moe.dispatch import mixture
 from jaxmoe.moe.experts import Experts
 from jaxmoe.moe.placement import Placement, choose_slots
 from jaxmoe.moe.routing import Routing
-from jaxmoe.moe.strategy import Strategy
 from jaxmoe.ops.norms import rms_norm
 from jaxmoe.sharding.rules import Rules
 
@@ -39,7 +38,7 @@ class Execution:
         longer to compile, so only training (whose gradients would pass through the scan) asks for it.
     """
 
-    strategy: Strategy = "auto"
+    strategy: str = "auto"
     capacity_factor: float = 2.0
     platform: str = "cpu"
     unroll: bool = False

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from jaxmoe.axes import Hidden, Layer
 from jaxmoe.moe.exchange import LocalExperts, exchange
 from jaxmoe.moe.experts import Experts
-from jaxmoe.moe.strategy import Mixture, Strategy, choose
+from jaxmoe.moe.strategy import Mixture, choose
 from jaxmoe.ops.gating import swiglu
 from jaxmoe.ops.grouped_mlp import grouped_mlp, implementation_for
 from jaxmoe.sharding.mesh import RANKS
@@ -38,7 +38,7 @@ def mixture(
     weights: Float[Array, "R N K"],
     experts: Experts,
     layer: Layer,
-    strategy: Strategy = "auto",
+    strategy: str = "auto",
     capacity_factor: float = 2.0,
     weigh_input: bool = False,
     platform: str = "cpu",
@@ -51,7 +51,7 @@ def mixture(
     rules = experts.rules
     _, tokens, width = x.shape
     shape = Mixture(tokens, width, slots.shape[-1], rules.spec.expert_devices, x.dtype.itemsize, capacity_factor)
-    strategy = choose(strategy, shape, platform)
+    chosen = choose(strategy, shape, platform)
     layer = jnp.asarray(layer)
     run = functools.partial(
         grouped_mlp,
@@ -61,10 +61,10 @@ def mixture(
         expected=shape.tokens * shape.choices,
     )
     with jax.named_scope("moe"):
-        if strategy == "dense":
+        if chosen == "dense":
             return _dense(x, slots, weights, experts, layer, weigh_input)
-        if strategy in ("all_to_all", "ragged_all_to_all") and shape.devices > 1:
-            out = exchange(x, slots, weights, experts, layer, shape, run, strategy == "ragged_all_to_all")
+        if chosen in ("all_to_all", "ragged_all_to_all") and shape.devices > 1:
+            out = exchange(x, slots, weights, experts, layer, shape, run, chosen == "ragged_all_to_all")
         else:
             out = _replicate(x, slots, weights, experts, layer, shape, run)
         return _sum_over_tp(out, experts)

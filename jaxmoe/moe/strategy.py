@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 from jaxmoe.errors import ConfigError
 
@@ -112,13 +112,14 @@ def seconds(strategy: Strategy, shape: Mixture, link: Link) -> float:
     return num_collectives(strategy, shape) * link.latency + sum(sent_bytes(strategy, shape)) / link.bandwidth
 
 
-def choose(strategy: Strategy, shape: Mixture, platform: str) -> Strategy:
-    """The strategy itself, or what "auto" comes to on this platform (JAX's name: "cpu", "gpu", "tpu").
+def choose(strategy: str, shape: Mixture, platform: str) -> Strategy:
+    """The strategy of that name, or what "auto" comes to on this platform (JAX's name: "cpu", "gpu", "tpu").
 
-    That is the cheapest; of equals the first of replicate, all_to_all and ragged_all_to_all.
+    That is the cheapest; of equals the first of replicate, all_to_all and ragged_all_to_all. Raises ConfigError.
     """
+    check_strategy(strategy, platform)
     if strategy != "auto":
-        return strategy
+        return cast(Strategy, strategy)
     if shape.devices == 1:
         return "replicate"
     choices: list[Strategy] = ["replicate", "all_to_all"]

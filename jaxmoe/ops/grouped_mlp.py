@@ -42,7 +42,7 @@ def grouped_mlp(
     activation: str = "silu",
     *,
     weigh_input: bool = False,
-    implementation: Implementation = "tiles",
+    implementation: str = "tiles",
     expected: int | None = None,
 ) -> Float[Array, "N D"]:
     """sum_k weights[n, k] * mlp[layer, slots[n, k]](x[n]), summed in float32 and cast to x's dtype.

@@ -6,6 +6,7 @@ import pytest
 from jaxmoe.engine.config import EngineConfig
 from jaxmoe.engine.runner import ACCELERATOR_SHARE, page_groups
 from jaxmoe.errors import ConfigError
+from jaxmoe.models.config import rules_for
 from jaxmoe.models.kv_cache import bytes_per_page
 from jaxmoe.models.presets import read_preset
 from jaxmoe.models.registry import family_of
@@ -20,10 +21,12 @@ def model_of(preset, gib, tp=1, **edit):
     hf = {**read_preset(preset), **edit}
     memory = {"bytes_limit": int(gib * 2**30 / ACCELERATOR_SHARE) + 1, "bytes_in_use": 0}
     device = types.SimpleNamespace(memory_stats=lambda: memory)
+    config = family_of(hf).read_config(hf)
     return types.SimpleNamespace(
-        config=family_of(hf).read_config(hf),
+        config=config,
         dtype=jnp.dtype(jnp.bfloat16),
         mesh_spec=MeshSpec(tp=tp),
+        rules=rules_for(config, MeshSpec(tp=tp)),
         mesh=types.SimpleNamespace(devices=types.SimpleNamespace(flat=[device])),
     )
 
