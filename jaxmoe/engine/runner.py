@@ -128,4 +128,8 @@ def free_memory(model: Model) -> int:
     if stats and "bytes_limit" in stats:
         return int((stats["bytes_limit"] - stats["bytes_in_use"]) * ACCELERATOR_SHARE)
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    return int(machine * CPU_SHARE) // model.mesh_spec.num_devices
+    share = int(machine * CPU_SHARE) // model.mesh_spec.num_devices
+    # To four binary digits: the size of the cache is part of every program, and what is free changes from start to
+    # start, which would then find none of its programs in the compile cache.
+    step = 1 << max(0, share.bit_length() - 4)
+    return share // step * step

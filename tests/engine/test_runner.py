@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxmoe.engine.config import EngineConfig
-from jaxmoe.engine.runner import ACCELERATOR_SHARE, page_groups
+from jaxmoe.engine.runner import ACCELERATOR_SHARE, free_memory, page_groups
 from jaxmoe.errors import ConfigError
 from jaxmoe.models.config import rules_for
 from jaxmoe.models.kv_cache import bytes_per_page
@@ -84,3 +84,21 @@ def test_tensor_parallelism_splits_keys_and_values_but_no_latent():
     for preset, more in [("mixtral-8x7b", 4), ("deepseek-v3", 1)]:
         (alone,), (split,) = (pages_of(model_of(preset, gib=8, tp=tp), 32768, **limits).values() for tp in (1, 4))
         assert split // alone == more
+
+
+def test_a_little_more_or_less_free_memory_of_a_cpu_asks_for_the_same_programs(monkeypatch):
+    model = types.SimpleNamespace(
+        mesh_spec=MeshSpec(ep=4),
+        mesh=types.SimpleNamespace(
+            devices=types.SimpleNamespace(flat=[types.SimpleNamespace(memory_stats=lambda: None)])
+        ),
+    )
+    free = {"SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr("os.sysconf", free.__getitem__)
+    found = set()
+    for gib in (17.0, 17.1, 17.9):
+        free["SC_AVPHYS_PAGES"] = int(gib * 2**30) // 4096
+        found.add(free_memory(model))
+    assert found == {2**30}
+    free["SC_AVPHYS_PAGES"] = (19 * 2**30) // 4096
+    assert free_memory(model) == 2**30 * 9 // 8
