@@ -1,100 +1,164 @@
 import collections
+import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxmoe.engine.batch import Packing, StepShape
 from jaxmoe.engine.executables import Executables
 from jaxmoe.engine.model import Model
 from jaxmoe.models.decoder import RANK_ROWS, Execution
 from jaxmoe.models.kv_cache import make_cache
-from jaxmoe.moe.dispatch import capacity_for
-from jaxmoe.sharding.collectives import Collective, read_collectives
+from jaxmoe.moe.strategy import Mixture, num_collectives
+from jaxmoe.sharding import Collective, collectives, read_collectives
+from jaxmoe.sharding.mesh import MeshSpec, make_mesh
 
 BATCH, LENGTH = 2, 12
 DECODE, PREFILL = StepShape(batch=2, tokens=1, pages=8), StepShape(batch=1, tokens=6, pages=8)
 PROGRAMS = {"forward": BATCH * LENGTH, "decode": DECODE.batch, "prefill": PREFILL.tokens}
-
-
 # Two mixtures each; the others have dense layers as well, latent attention or chunks, shared experts.
 FAMILIES = {
     "mixtral": "mixtral-8x7b:scale=128,num_hidden_layers=2,vocab_size=128,num_attention_heads=4,num_key_value_heads=2",
     "deepseek-v3": "deepseek-v3:scale=128,num_hidden_layers=5,vocab_size=128,n_routed_experts=32",
     "llama4": "llama-4-maverick:scale=128,num_hidden_layers=4,vocab_size=128,num_local_experts=8,head_dim=16",
 }
+MIXTURES = 2
+SPREAD = [("dp=2,ep=4", "ep", ("ep",)), ("dp=2,ep=4", "dp,ep", ("dp", "ep")), ("ep=8", "ep", ("ep",))]
 
 
-@pytest.fixture(scope="module")
-def compile_on():
-    """`compile_on("dp=2,ep=4", "decode")`: the model, and the collectives of that program, its layers written out."""
-    models = {}
+@functools.cache
+def model_on(mesh, axes="ep", family="mixtral", strategy="all_to_all"):
+    # Layers written out, so that every collective of a step stands in its text once.
+    execution = Execution(strategy=strategy, capacity_factor=1.0, unroll=True)
+    return Model(None, mesh, execution=execution, random_weights=FAMILIES[family], expert_axes=axes)
 
-    def compile_on(mesh, program, family="mixtral"):
-        if (mesh, family) not in models:
-            preset = FAMILIES[family]
-            models[mesh, family] = Model(None, mesh, execution=Execution(unroll=True), random_weights=preset)
-        model = models[mesh, family]
-        return model, read_collectives((forward if program == "forward" else step)(model, program).as_text())
 
-    def forward(model, program):
-        tokens = np.zeros((model.num_ranks, BATCH, LENGTH), np.int32)
-        with jax.set_mesh(model.mesh):
+def compiled(model, program):
+    """The collectives of a program of the model."""
+    with jax.set_mesh(model.mesh):
+        if program == "forward":
+            tokens = np.zeros((model.num_ranks, BATCH, LENGTH), np.int32)
             placed = jax.device_put((tokens, tokens), NamedSharding(model.mesh, RANK_ROWS))
-            return model._forward.lower(model.params, model.placement, *placed).compile()
-
-    def step(model, program):
+            return collectives(model._forward, model.params, model.placement, *placed)
         pages = (8,) * len(model.config.spans)
         cache = make_cache(model.config, model.mesh, model.rules, pages, 4, model.dtype)
         executables = Executables(model, cache, Packing(model.config.spans, 4))
         if program == "sampling":
-            return executables.compile_sampling(DECODE.batch)
-        return executables.compile({"decode": DECODE, "prefill": PREFILL}[program])
+            return collectives(executables.compile_sampling(DECODE.batch))
+        return collectives(executables.compile({"decode": DECODE, "prefill": PREFILL}[program]))
 
-    return compile_on
+
+def mixture_of(model, program):
+    config = model.config
+    devices = model.mesh_spec.expert_devices
+    return Mixture(PROGRAMS[program], config.width, config.experts_per_token, devices, 4, 1.0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_mixture_has_two_all_to_alls_and_one_scalar_all_reduce_and_nothing_else(compile_on, program, family):
-    model, found = compile_on("dp=2,ep=4", program, family)
-    layers = sum(kind.moe for kind in model.config.kinds)
-    assert layers == 2
-    assert collections.Counter(one.kind for one in found) == {"all-to-all": 2 * layers, "all-reduce": layers}
-    assert {one.shapes for one in found if one.kind == "all-reduce"} == {((),)}
-    # What travels is rows, each with its slot on the way out; never a weight.
-    rows = 4 * capacity_for(PROGRAMS[program] * model.config.experts_per_token, 4, model.execution.capacity_factor)
-    payloads = [one.bytes for one in found if one.kind == "all-to-all"]
-    assert sorted(payloads) == sorted(
-        layers * [rows * 4 * width for width in (model.config.width, model.config.width + 1)]
-    )
+@pytest.mark.parametrize(("mesh", "axes", "along"), SPREAD)
+def test_a_mixture_has_two_all_to_alls_and_at_most_one_scalar_all_reduce_and_nothing_else(
+    mesh, axes, along, program, family
+):
+    model = model_on(mesh, axes, family)
+    assert sum(kind.moe for kind in model.config.kinds) == MIXTURES
+    shape, found = mixture_of(model, program), compiled(model, program)
+    agreements = MIXTURES * (shape.most_rounds > 1)
+    expected = {"all-to-all": 2 * MIXTURES, "all-reduce": agreements} if agreements else {"all-to-all": 2 * MIXTURES}
+    assert collections.Counter(one.kind for one in found) == expected
+    assert len(found) == MIXTURES * num_collectives("all_to_all", shape)
+    assert {one.shapes for one in found if one.kind == "all-reduce"} <= {((),)}
+    # What travels is rows, with their slots and weights on the way out; never a weight of an expert.
+    travelling = [one for one in found if one.kind == "all-to-all"]
+    assert {(one.axes, one.dtype) for one in travelling} == {(along, "u32")}
+    rows = shape.devices * shape.capacity
+    assert sorted(one.bytes for one in travelling) == sorted(MIXTURES * [rows * each for each in shape.row_bytes])
 
 
-def test_sampling_has_no_collectives(compile_on):
-    _, found = compile_on("dp=2,ep=4", "sampling")
-    assert found == []
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(("mesh", "axes", "along"), SPREAD)
+def test_replicating_tokens_takes_one_all_gather_and_one_reduce_scatter(mesh, axes, along, program, family):
+    model = model_on(mesh, axes, family, "replicate")
+    shape, found = mixture_of(model, program), compiled(model, program)
+    assert collections.Counter(one.kind for one in found) == {"all-gather": MIXTURES, "reduce-scatter": MIXTURES}
+    assert {one.axes for one in found} == {along}
+    to, back = shape.row_bytes
+    sizes = {"all-gather": shape.devices * shape.tokens * to, "reduce-scatter": shape.tokens * back}
+    assert all(one.bytes == sizes[one.kind] for one in found)
+
+
+def test_sampling_has_no_collectives():
+    assert compiled(model_on("dp=2,ep=4"), "sampling") == []
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_one_device_has_no_collectives(compile_on, program):
-    _, found = compile_on("dp=1,ep=1", program)
-    assert found == []
+def test_one_device_has_no_collectives(program):
+    assert compiled(model_on("dp=1,ep=1"), program) == []
 
 
-def test_data_parallel_devices_exchange_nothing(compile_on):
-    _, found = compile_on("dp=8", "forward")
-    assert found == []
+def test_data_parallel_devices_exchange_nothing():
+    assert compiled(model_on("dp=8"), "forward") == []
 
 
-def test_split_heads_and_widths_are_summed_and_only_logits_are_gathered(compile_on):
-    model, found = compile_on("ep=2,tp=2", "decode")
-    config, layers = model.config, model.config.layers
-    kinds = collections.Counter(one.kind for one in found)
-    assert kinds == {"all-to-all": 2 * layers, "all-reduce": 3 * layers + 1, "all-gather": 1}
-    assert [one.shapes for one in found if one.kind == "all-gather"] == [((1, DECODE.batch, config.vocab_size),)]
-    summed = {shape for one in found if one.kind == "all-reduce" for shape in one.shapes}
-    assert {shape[-1:] for shape in summed} == {(), (config.width,)}
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tp_sums_what_it_splits_token_by_token_and_gathers_logits(family):
+    model = model_on("ep=2,tp=2", "ep", family)
+    found, config, split = compiled(model, "decode"), model.config, model.rules.split
+    by_tp = [one for one in found if one.axes == ("tp",)]
+    # Attention in every layer, dense layers, experts and shared experts of mixtures, the embedding. XLA may join two.
+    parts = {"heads": config.layers, "dense_width": config.layers - MIXTURES, "expert_width": MIXTURES}
+    parts |= {"shared_width": MIXTURES, "vocab": 1}
+    summed = [shape for one in by_tp if one.kind == "all-reduce" for shape in one.shapes]
+    assert len(summed) == sum(count for name, count in parts.items() if name in split)
+    assert {tuple(sorted(shape)) for shape in summed} == {(1, DECODE.batch, config.width)}
+    gathered = [one.shapes for one in by_tp if one.kind == "all-gather"]
+    assert gathered == [((1, DECODE.batch, config.vocab_size),)]
+    rest = collections.Counter((one.kind, one.axes) for one in found if one.axes != ("tp",))
+    assert rest == {("all-to-all", ("ep",)): 2 * MIXTURES}
+
+
+def test_collectives_of_any_function_are_told_with_their_axes():
+    mesh = make_mesh(MeshSpec(2, 2, 2))
+    x = jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=NamedSharding(mesh, P(("dp", "ep", "tp"))))
+
+    def summed(axes):
+        local = functools.partial(jax.lax.psum, axis_name=axes)
+        return jax.shard_map(local, in_specs=P(("dp", "ep", "tp")), out_specs=P(None), check_vma=False)
+
+    with jax.set_mesh(mesh):
+        for axes in ("dp", "ep", "tp", ("dp", "tp"), ("ep", "tp"), ("dp", "ep", "tp")):
+            (found,) = collectives(summed(axes), x)
+            assert found == Collective("all-reduce", "f32", ((1, 4),), 16, (axes,) if isinstance(axes, str) else axes)
+        (again,) = collectives(jax.jit(summed("ep")), x)
+        assert again.axes == ("ep",)
+
+
+GROUPS = {
+    "replica_groups={{0,1},{2,3},{4,5},{6,7}}": ("tp",),
+    "replica_groups={{0,2,1,3},{4,5,6,7}}": ("ep", "tp"),
+    "replica_groups=[4,2]<=[8]": ("tp",),
+    "replica_groups=[4,2]<=[2,4]T(1,0)": ("dp",),
+    "replica_groups=[4,2]<=[2,2,2]T(0,2,1)": ("ep",),
+    "replica_groups=[1,8]<=[8]": ("dp", "ep", "tp"),
+    "replica_groups={}": ("dp", "ep", "tp"),
+    "replica_groups={{0,3},{1,2},{4,7},{5,6}}": (),
+    "source_target_pairs={{0,2},{2,0},{5,7}}": ("ep",),
+    "replica_groups=mesh['dp'=2,'ep'=2,'tp'=2] {'ep'}": ("ep",),
+    "replica_groups=mesh['axis_0'=1,'axis_1'=4,'axis_2'=1,'axis_4'=2] {'axis_1'}": ("dp", "ep"),
+    "replica_groups=mesh['axis_0'=8] {'axis_0':(1)4}": (),
+    "channel_id=1": (),
+}
+
+
+@pytest.mark.parametrize("text", GROUPS)
+def test_devices_that_exchange_are_told_as_axes(text):
+    (found,) = read_collectives(f"%a = f32[2]{{0}} all-reduce(%b), {text}, to_apply=%c", {"dp": 2, "ep": 2, "tp": 2})
+    assert found.axes == GROUPS[text]
 
 
 READINGS = {
@@ -118,15 +182,15 @@ def test_an_instruction_is_read_with_its_type_and_size(text):
 
 def test_a_start_and_its_end_are_one_collective_of_the_size_of_its_result():
     hlo = """
-      %ag.1 = (f32[2,8]{1,0}, f32[4,8]{1,0}) all-gather-start(%a), dimensions={0}
-      %p.1 = (f32[2]{0}, f32[2]{0}, u32[], u32[]) collective-permute-start(%b)
+      %ag.1 = (f32[2,8]{1,0}, f32[4,8]{1,0}) all-gather-start(%a), replica_groups={{0,1},{2,3}}, dimensions={0}
+      %p.1 = (f32[2]{0}, f32[2]{0}, u32[], u32[]) collective-permute-start(%b), source_target_pairs={{0,2},{1,3}}
       %sum = f32[2,8]{1,0} add(%a, %a)
       %ag.2 = f32[4,8]{1,0} all-gather-done(%ag.1)
       %p.2 = f32[2]{0} collective-permute-done(%p.1)
     """
-    assert read_collectives(hlo) == [
-        Collective("all-gather", "f32", ((4, 8),), 128),
-        Collective("collective-permute", "f32", ((2,),), 8),
+    assert read_collectives(hlo, {"dp": 2, "ep": 2}) == [
+        Collective("all-gather", "f32", ((4, 8),), 128, ("ep",)),
+        Collective("collective-permute", "f32", ((2,),), 8, ("dp",)),
     ]
 
 
