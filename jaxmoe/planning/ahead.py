@@ -21,7 +21,7 @@ from jaxmoe.models.kv_cache import cache_shapes
 from jaxmoe.moe.placement import initial_placement
 from jaxmoe.planning.deployment import Deployment
 from jaxmoe.planning.memory import pages_of_a_sequence
-from jaxmoe.sharding.collectives import read_collectives
+from jaxmoe.sharding import read_collectives
 from jaxmoe.sharding.mesh import AXES, MeshSpec
 
 # Read by libtpu: without them it asks the network of Google's cloud which TPU this machine is, for minutes.
@@ -59,9 +59,10 @@ def unloaded_steps(plan: Deployment, mesh: Mesh) -> Executables:
 
 
 class Compiled(NamedTuple):
-    """What a compiler says of a step. Bytes are of one device; collectives by kind: how many there are, and bytes.
+    """What a compiler says of a step; bytes are of one device.
 
-    temporaries: beside arguments (weights, pages, batch) and what of the output is not written over them.
+    temporaries: beside arguments (weights, pages, batch) and `output`, which is what is not written over these.
+    collectives: by kind and axes, how many there are and their bytes.
     A collective in the body of a loop counts once, however often it runs.
     """
 
@@ -70,19 +71,19 @@ class Compiled(NamedTuple):
     arguments: int
     temporaries: int
     output: int
-    collectives: dict[tuple[str, str], tuple[int, int]]
+    collectives: dict[tuple[str, tuple[str, ...]], tuple[int, int]]
 
 
-def compile_step(steps: Executables, shape: StepShape) -> Compiled:
+def compile_step(steps: Executables, shape: StepShape, mesh: Mesh) -> Compiled:
     began = time.monotonic()
     program = steps.compile(shape)
     seconds = time.monotonic() - began
     told = program.memory_analysis()
-    count: Counter[tuple[str, str]] = Counter()
-    size: Counter[tuple[str, str]] = Counter()
-    for one in read_collectives(program.as_text() or ""):
-        count[one.kind, one.dtype] += 1
-        size[one.kind, one.dtype] += one.bytes
+    count: Counter[tuple[str, tuple[str, ...]]] = Counter()
+    size: Counter[tuple[str, tuple[str, ...]]] = Counter()
+    for one in read_collectives(program.as_text() or "", mesh.shape):
+        count[one.kind, one.axes] += 1
+        size[one.kind, one.axes] += one.bytes
     return Compiled(
         shape,
         seconds,

@@ -140,7 +140,7 @@ def _attention(deployment: Deployment, shape: StepShape, span: Span) -> int:
     heads, keys = config.heads // rules.parts("heads"), _keys(deployment, shape, span)
     tokens, every_key = shape.batch * shape.tokens, shape.batch * keys
     scores = tokens * heads * keys
-    numbers = scores + tokens * heads * 2 * _head_dim(config)
+    numbers = tokens * heads * 2 * _head_dim(config)
     if (dims := config.latent) is None:
         kv_heads = config.kv_heads // rules.parts("kv_heads")
         numbers += 2 * every_key * kv_heads * config.head_dim
