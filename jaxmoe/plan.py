@@ -4,13 +4,19 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxmoe.cli import add_layout_arguments
 from jaxmoe.engine.config import EngineConfig
 from jaxmoe.errors import CheckpointError, JaxmoeError
 
+if TYPE_CHECKING:
+    from jaxmoe.planning.ahead import Compiled
+    from jaxmoe.planning.deployment import Deployment
+
 CONTEXT = 4096
+# Listed here too, so that --help takes no second for JAX; a test holds them against `planning.hardware`.
+DEVICES = ("a100", "h100", "h200", "b200", "gb200", "mi300x", "v4", "v5e", "v5p", "v6e", "v7x", "cpu")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -23,7 +29,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add_layout_arguments(parser)
     parser.set_defaults(dtype="bfloat16")
-    parser.add_argument("--device", default="h100", help="what the mesh is made of (default: %(default)s); ? lists all")
+    parser.add_argument(
+        "--device", help=f"what the mesh is made of: {', '.join(DEVICES)} (default: h100, or that of --aot)"
+    )
     limits = EngineConfig()
     parser.add_argument(
         "--batch", type=int, default=limits.max_batch, help="sequences decoding at once on a rank (%(default)s)"
@@ -45,7 +53,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="compile the real steps for a slice, for example tpu:v5p:4x4x8, and tell what its compiler says; "
         "needs jaxmoe[tpu], but no TPU",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.json and args.aot:
+        parser.error("--json and --aot exclude each other")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
     # Imported late: JAX takes a second, and --help need not.
     from jaxmoe.models.decoder import Execution
     from jaxmoe.planning import report
+    from jaxmoe.planning.ahead import parse_slice
     from jaxmoe.planning.deployment import Deployment, Subject
     from jaxmoe.planning.hardware import device_named
     from jaxmoe.planning.memory import memory
@@ -69,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
     from jaxmoe.planning.roofline import step_time
     from jaxmoe.sharding.mesh import MeshSpec
 
-    device = device_named(args.device)
+    chip, topology = parse_slice(args.aot) if args.aot else ("", "")
+    device = device_named(args.device or chip or "h100")
     plan = Deployment(
         Subject.read(args.model, read_model(args.model), args.dtype),
         MeshSpec.parse(args.mesh, args.expert_axes),
@@ -93,10 +106,22 @@ def run(args: argparse.Namespace) -> int:
     for name, step in steps.items():
         lines += report.step_table(name.upper(), plan, shapes[name], step)
     lines += report.meshes_table(plan, others)
+    if args.aot:
+        print("\n".join(lines), flush=True)
+        lines = report.compiled_table(plan, used, args.aot, compile_ahead(plan, chip, topology))
     if not used.fits:
         lines += ["", *report.verdict(plan, used, smallest(plan, device))]
     print("\n".join(lines), flush=True)
     return 0 if used.fits else 1
+
+
+def compile_ahead(plan: "Deployment", chip: str, topology: str) -> "list[Compiled]":
+    """The decode and prefill steps, by libtpu. Raises ConfigError or MeshError."""
+    from jaxmoe.planning.ahead import compile_step, tpu_mesh, unloaded_steps
+
+    mesh = tpu_mesh(chip, topology, plan.spec)
+    steps = unloaded_steps(plan, mesh)
+    return [compile_step(steps, shape, mesh) for shape in dict.fromkeys((plan.decode, plan.prefill))]
 
 
 def read_model(name: str) -> dict[str, Any]:

@@ -3,8 +3,7 @@
 import importlib.util
 import os
 import time
-from collections import Counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -58,11 +57,14 @@ def unloaded_steps(plan: Deployment, mesh: Mesh) -> Executables:
     return Executables(model, cache, plan.packing)
 
 
+Collectives: TypeAlias = dict[tuple[str, tuple[str, ...]], tuple[int, int]]
+
+
 class Compiled(NamedTuple):
     """What a compiler says of a step; bytes are of one device.
 
     temporaries: beside arguments (weights, pages, batch) and `output`, which is what is not written over these.
-    collectives: by kind and axes, how many there are and their bytes.
+    collectives: by kind and axes, how many there are and their bytes; None if the program's text cannot be read.
     A collective in the body of a loop counts once, however often it runs.
     """
 
@@ -71,7 +73,7 @@ class Compiled(NamedTuple):
     arguments: int
     temporaries: int
     output: int
-    collectives: dict[tuple[str, tuple[str, ...]], tuple[int, int]]
+    collectives: Collectives | None
 
 
 def compile_step(steps: Executables, shape: StepShape, mesh: Mesh) -> Compiled:
@@ -79,19 +81,27 @@ def compile_step(steps: Executables, shape: StepShape, mesh: Mesh) -> Compiled:
     program = steps.compile(shape)
     seconds = time.monotonic() - began
     told = program.memory_analysis()
-    count: Counter[tuple[str, tuple[str, ...]]] = Counter()
-    size: Counter[tuple[str, tuple[str, ...]]] = Counter()
-    for one in read_collectives(program.as_text() or "", mesh.shape):
-        count[one.kind, one.axes] += 1
-        size[one.kind, one.axes] += one.bytes
     return Compiled(
         shape,
         seconds,
         told.argument_size_in_bytes,
         told.temp_size_in_bytes,
         told.output_size_in_bytes - told.alias_size_in_bytes,
-        {kind: (count[kind], size[kind]) for kind in count},
+        _collectives(program, mesh),
     )
+
+
+def _collectives(program: Any, mesh: Mesh) -> Collectives | None:
+    try:
+        text = program.as_text() or ""
+    except jax.errors.JaxRuntimeError:
+        # libtpu hands programs over in a form that a jaxlib of another version may not know.
+        return None
+    found: Collectives = {}
+    for one in read_collectives(text, mesh.shape):
+        count, size = found.get((one.kind, one.axes), (0, 0))
+        found[one.kind, one.axes] = (count + 1, size + one.bytes)
+    return found
 
 
 def tpu_mesh(name: str, topology: str, spec: MeshSpec) -> Mesh:

@@ -3,9 +3,10 @@
 from typing import Any
 
 from jaxmoe.engine.batch import StepShape
+from jaxmoe.planning.ahead import Compiled
 from jaxmoe.planning.deployment import Deployment
 from jaxmoe.planning.hardware import GIB, Device
-from jaxmoe.planning.memory import Memory
+from jaxmoe.planning.memory import Memory, workspace
 from jaxmoe.planning.meshes import Option
 from jaxmoe.planning.roofline import StepTime
 
@@ -14,7 +15,7 @@ ROWS_OF_MESHES = 5
 
 
 def title(plan: Deployment, device: Device) -> list[str]:
-    config, count, spec = plan.config, plan.subject.count, plan.spec
+    count, spec = plan.subject.count, plan.spec
     total, active, mtp = (number / BILLION for number in (count.total, count.active, count.mtp))
     further = f", {mtp:,.1f} B more predict a token further" if count.mtp else ""
     return [
@@ -23,7 +24,7 @@ def title(plan: Deployment, device: Device) -> list[str]:
         f"  device  {device.describe(plan.itemsize)}",
         f"  load    {plan.limits.max_batch} sequences on each of {spec.num_ranks} ranks, {plan.context:,} tokens each; "
         f"prefill of {plan.prefill.tokens * plan.prefill.batch:,} tokens a rank",
-        f"  layout  {_layout(plan)}" if config.stacks["moe"] else "  layout  no mixtures",
+        *_layout(plan),
     ]
 
 
@@ -32,7 +33,7 @@ def memory_table(plan: Deployment, memory: Memory, device: Device) -> list[str]:
     if plan.config.mtp_layers:
         rows[-1] = ("mtp", memory.weights["mtp"], "the layer that predicts a token further")
     per_token = memory.sequence / plan.context
-    rows.append(("weights", memory.all_weights, "of these kinds"))
+    rows.append(("weights", memory.all_weights, ""))
     rows.append(
         ("KV pages", memory.kv, f"{plan.limits.max_batch} x {plan.context:,} tokens, {_kib(per_token)} each a rank")
     )
@@ -44,8 +45,8 @@ def memory_table(plan: Deployment, memory: Memory, device: Device) -> list[str]:
         lines.append(f"  {indent + name:<20}{size / GIB:>9.2f}{'   ' + note if note else ''}")
     room = int(memory.kv_capacity / per_token)
     lines.append(
-        f"  Weights leave room for {room:,} tokens of KV on each rank, {room * plan.spec.num_ranks:,} in all: "
-        f"{int(memory.kv_capacity // memory.sequence):,} sequences a rank."
+        f"  Weights leave room for {room:,} tokens of KV a rank, {room * plan.spec.num_ranks:,} in all: "
+        f"{int(memory.kv_capacity // memory.sequence):,} sequences each."
     )
     return lines
 
@@ -71,11 +72,11 @@ def verdict(plan: Deployment, memory: Memory, smallest: Option | None) -> list[s
 def step_table(name: str, plan: Deployment, shape: StepShape, step: StepTime) -> list[str]:
     """name: "DECODE" or "PREFILL"."""
     each = step.tokens_per_second / plan.spec.num_devices
-    pace = f"; {step.seconds * 1e3:,.2f} ms between tokens" if shape.tokens == 1 else ""
+    pace = "a token" if shape.tokens == 1 else "a step"
     lines = [
         "",
-        f"{name}: at best {step.seconds * 1e3:,.2f} ms a step, bound by {step.bound}; "
-        f"{step.tokens_per_second:,.0f} tokens/s, {each:,.0f} a device{pace}",
+        f"{name}: at best {step.seconds * 1e3:,.2f} ms {pace}, bound by {step.bound}; "
+        f"{step.tokens_per_second:,.0f} tokens/s, {each:,.0f} a device",
         f"  {'part':<20}{'GiB read':>9}{'ms':>9}{'GFLOP':>11}{'ms':>9}{'network ms':>12}{'all ms':>9}",
     ]
     for part in step.parts:
@@ -141,6 +142,37 @@ def meshes_table(plan: Deployment, options: list[Option]) -> list[str]:
     return lines
 
 
+def compiled_table(plan: Deployment, memory: Memory, topology: str, compiled: list[Compiled]) -> list[str]:
+    """What the compiler says of each step, beside what is planned."""
+    lines = [
+        "",
+        f"COMPILED for {topology}, by libtpu: GiB of each device, as planned and as compiled",
+        f"  {'step':<40}{'arguments':>16}{'temporaries':>16}{'output':>9}{'compiled in':>13}",
+    ]
+    fixed = memory.all_weights + memory.kv
+    for each in compiled:
+        space = workspace(plan, each.shape)
+        lines.append(
+            f"  {each.shape!s:<40}{fixed / GIB:>8.2f}{each.arguments / GIB:>8.2f}"
+            f"{space.total / GIB:>8.2f}{each.temporaries / GIB:>8.2f}{each.output / GIB:>9.2f}{each.seconds:>11.1f} s"
+        )
+    for each in compiled:
+        if each.collectives is None:
+            lines += ["", f"  {each.shape}: this jaxlib cannot read the text of a program of this libtpu"]
+            continue
+        lines += [
+            "",
+            f"  {each.shape}: in its text, where one in a loop stands once",
+            f"  {'collective':<24}{'axes':<12}{'count':>7}{'MiB in all':>12}",
+        ]
+        for (kind, axes), (count, size) in sorted(each.collectives.items()):
+            lines.append(f"  {kind:<24}{','.join(axes):<12}{count:>7}{size / MIB:>12.3f}")
+    most = max(each.arguments + each.temporaries + each.output for each in compiled)
+    verdict = "fits" if most <= memory.limit else "DOES NOT FIT"
+    lines += ["", f"  The larger takes {_gib(most)} of {_gib(memory.limit)} that can be used: {verdict}."]
+    return lines
+
+
 def as_json(
     plan: Deployment, device: Device, memory: Memory, steps: dict[str, StepTime], options: list[Option]
 ) -> dict[str, Any]:
@@ -191,19 +223,19 @@ def _mesh(spec: Any) -> str:
     return str(spec) + (f" --expert-axes {spec.axes_of_experts}" if len(spec.expert_axes) > 1 else "")
 
 
-def _layout(plan: Deployment) -> str:
-    spec = plan.spec
-    copies = spec.num_ranks // spec.expert_devices
-    whole = sorted(plan.whole)
-    parts = [
-        f"{plan.slots // spec.expert_devices} of {plan.slots} expert slots a device for {plan.config.experts} experts",
-        f"{copies} {'copy' if copies == 1 else 'copies'} of the experts",
-    ]
+def _layout(plan: Deployment) -> list[str]:
+    spec, lines = plan.spec, []
+    if plan.config.stacks["moe"]:
+        copies = spec.num_ranks // spec.expert_devices
+        lines.append(
+            f"{plan.slots // spec.expert_devices} of {plan.slots} expert slots a device, for {plan.config.experts} "
+            f"experts; {copies} {'copy' if copies == 1 else 'copies'} of them"
+        )
     if spec.tp > 1:
-        parts.append(f"tp splits {', '.join(sorted(plan.rules.split))}")
-    if whole:
-        parts.append(f"leaves {', '.join(whole)} whole")
-    return "; ".join(parts)
+        lines.append(f"tp splits {', '.join(sorted(plan.rules.split))}")
+    if plan.whole:
+        lines.append(f"tp leaves {', '.join(sorted(plan.whole))} whole")
+    return [f"  layout  {line}" for line in lines]
 
 
 def _why(plan: Deployment) -> str:

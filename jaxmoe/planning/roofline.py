@@ -52,10 +52,10 @@ class StepTime:
     @property
     def bounds(self) -> dict[str, float]:
         """Seconds during which each limit is the one that holds."""
-        found = {"memory bandwidth": 0.0, "compute": 0.0, "network": 0.0}
+        found = {"memory": 0.0, "compute": 0.0, "network": 0.0}
         for part in self.parts:
             memory, compute = self.memory(part), self.compute(part)
-            found["memory bandwidth" if memory >= compute else "compute"] += max(memory, compute)
+            found["memory" if memory >= compute else "compute"] += max(memory, compute)
             found["network"] += part.network
         return found
 
