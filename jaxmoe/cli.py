@@ -17,6 +17,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="checkpoint folder, or an embedded model: demo:mixtral (the default), demo:deepseek-v3, demo:llama4",
     )
+    add_layout_arguments(parser)
+    parser.add_argument(
+        "--compile-cache",
+        metavar="DIR",
+        default=str(COMPILE_CACHE),
+        help="where compiled programs are kept for the next start; '' keeps none (default: %(default)s)",
+    )
+
+
+def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a model lies on devices and computes there."""
     parser.add_argument("--mesh", default="dp=1,ep=1", help="devices by axis: dp=D,ep=E[,tp=T] (default: %(default)s)")
     parser.add_argument(
         "--expert-axes",
@@ -38,12 +49,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="how tokens meet their experts; auto takes the cheapest for each program (default: %(default)s)",
     )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="to compute in")
-    parser.add_argument(
-        "--compile-cache",
-        metavar="DIR",
-        default=str(COMPILE_CACHE),
-        help="where compiled programs are kept for the next start; '' keeps none (default: %(default)s)",
-    )
 
 
 def model_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxmoe.axes import Hidden
 from jaxmoe.engine.batch import Batch, Packing, Sampling, StepShape
-from jaxmoe.engine.model import Model, Progress, no_progress
-from jaxmoe.models.decoder import RANK_ROWS, merge
-from jaxmoe.models.kv_cache import KVCache, PagedContext
+from jaxmoe.engine.model import Progress, no_progress
+from jaxmoe.models.config import ModelConfig
+from jaxmoe.models.decoder import RANK_ROWS, Decoder, Execution, merge
+from jaxmoe.models.kv_cache import CacheShapes, KVCache, PagedContext
 from jaxmoe.moe.placement import Placement
 from jaxmoe.ops.sampling import sample
 from jaxmoe.sharding.mesh import RANKS
@@ -30,6 +31,21 @@ SAMPLING_DTYPES: Any = Sampling(jnp.float32, jnp.int32, jnp.float32, jnp.int32, 
 CPU_OPTIONS: dict[str, Any] = {"xla_cpu_parallel_codegen_split_count": 1}
 
 
+@runtime_checkable
+class Steppable(Protocol):
+    """What there must be of a model to compile its steps: a `Model`, or shapes with shardings in its arrays' place."""
+
+    config: ModelConfig
+    mesh: jax.sharding.Mesh
+    abstract: Decoder
+    execution: Execution
+    params: Any
+    placement: Any
+
+    @property
+    def num_ranks(self) -> int: ...
+
+
 class Executables:
     """Step programs by shape. `late_compiles` counts those that warm-up did not foresee: 0 in good health.
 
@@ -38,7 +54,7 @@ class Executables:
     Without a warm-up each program is compiled when it is first needed.
     """
 
-    def __init__(self, model: Model, cache: KVCache, packing: Packing) -> None:
+    def __init__(self, model: Steppable, cache: KVCache | CacheShapes, packing: Packing) -> None:
         self._model = model
         self._packing = packing
         self._cache_shape = jax.tree.map(_abstract, cache)

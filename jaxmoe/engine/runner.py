@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxmoe.engine.batch import Buckets, Packing, Ranks
-from jaxmoe.engine.config import EngineConfig
+from jaxmoe.engine.config import ACCELERATOR_SHARE, CPU_SHARE, EngineConfig
 from jaxmoe.engine.executables import Executables
 from jaxmoe.engine.model import Model, Progress, no_progress
 from jaxmoe.engine.pages import PageGroup, pages_reached
@@ -16,10 +16,6 @@ from jaxmoe.engine.scheduler import StepPlan
 from jaxmoe.errors import ConfigError
 from jaxmoe.models.kv_cache import bytes_per_page, make_cache
 from jaxmoe.spans import FULL
-
-# Share of the memory that is free after the weights are loaded, for KV pages: on an accelerator nothing else needs it
-# but the activations; on a CPU the rest of the machine does.
-ACCELERATOR_SHARE, CPU_SHARE = 0.85, 0.25
 
 
 class Runner:

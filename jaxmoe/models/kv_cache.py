@@ -19,12 +19,14 @@ from jaxtyping import Array, Float, Int
 from jaxmoe.axes import Layer
 from jaxmoe.models.config import ModelConfig
 from jaxmoe.sharding.rules import Rules
+from jaxmoe.spans import Span
 
 # Arrays of one group: keys (already rotated) and values [L, pages of all ranks, page, Kv, d], or where attention is
 # latent a single one, of the normed latent and the rotated key of all heads [L, pages of all ranks, page, r + dr].
 # The axes with an underscore differ from group to group, so no two arrays of a cache are held to the same.
 Pages: TypeAlias = tuple[Float[Array, "_L _pages_of_all_ranks page *vector"], ...]
 KVCache: TypeAlias = tuple[Pages, ...]
+CacheShapes: TypeAlias = tuple[tuple[jax.ShapeDtypeStruct, ...], ...]
 
 
 class PagedContext(NamedTuple):
@@ -52,6 +54,27 @@ def cache_partitions(config: ModelConfig, rules: Rules) -> tuple[P, ...]:
     return (rules.partition(None, "ranks", None, "kv_heads", None),) * 2
 
 
+def cache_shapes(
+    config: ModelConfig,
+    mesh: jax.sharding.Mesh,
+    rules: Rules,
+    pages_per_rank: tuple[int, ...],
+    page_size: int,
+    dtype: jnp.dtype,
+) -> CacheShapes:
+    """The arrays of a cache, with their shardings. pages_per_rank: of each group."""
+    arrays = list(zip(cache_vectors(config), cache_partitions(config, rules), strict=True))
+
+    def shape(span: Span, pages: int, vector: tuple[int, ...], spec: P) -> jax.ShapeDtypeStruct:
+        axes = (len(config.layers_of(span)), rules.spec.num_ranks * pages, page_size, *vector)
+        return jax.ShapeDtypeStruct(axes, dtype, sharding=NamedSharding(mesh, spec))
+
+    return tuple(
+        tuple(shape(span, pages, vector, spec) for vector, spec in arrays)
+        for span, pages in zip(config.spans, pages_per_rank, strict=True)
+    )
+
+
 def make_cache(
     config: ModelConfig,
     mesh: jax.sharding.Mesh,
@@ -62,19 +85,12 @@ def make_cache(
 ) -> KVCache:
     """An empty cache, allocated on its devices. pages_per_rank: of each group."""
 
-    def zeros(shape: tuple[int, ...], spec: P) -> Array:
-        make = jax.jit(lambda: jnp.zeros(shape, dtype, out_sharding=spec), out_shardings=NamedSharding(mesh, spec))
+    def zeros(of: jax.ShapeDtypeStruct) -> Array:
+        make = jax.jit(lambda: jnp.zeros(of.shape, dtype, out_sharding=of.sharding.spec), out_shardings=of.sharding)
         return make()
 
-    ranks = rules.spec.num_ranks
-    arrays = list(zip(cache_vectors(config), cache_partitions(config, rules), strict=True))
     with jax.set_mesh(mesh):
-        return tuple(
-            tuple(
-                zeros((len(config.layers_of(span)), ranks * pages, page_size, *vector), spec) for vector, spec in arrays
-            )
-            for span, pages in zip(config.spans, pages_per_rank, strict=True)
-        )
+        return jax.tree.map(zeros, cache_shapes(config, mesh, rules, pages_per_rank, page_size, dtype))
 
 
 def bytes_per_page(config: ModelConfig, group: int, page_size: int, dtype: jnp.dtype, rules: Rules) -> int:

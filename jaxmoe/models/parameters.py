@@ -1,15 +1,19 @@
-"""How many parameters a model has, and how many a token meets; from its config alone."""
+"""What parameters a model has, from its config alone: how many, how many a token meets, and which axes are split."""
 
 import dataclasses
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
 
 from jaxmoe.models.config import ModelConfig
 from jaxmoe.models.decoder import Decoder
 from jaxmoe.models.keys import flat
-from jaxmoe.sharding.mesh import MeshSpec, make_mesh
+from jaxmoe.sharding.rules import SPLIT_BY_TP, Rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,26 +31,64 @@ class ParameterCount:
     mtp: int
 
 
+class Parameter(NamedTuple):
+    """One parameter of a model, before there is a mesh.
+
+    shape: with one slot for each expert. meaning: of every axis, as `Rules` knows it; None for one that is never split.
+    layers: of its first axis, those of the main model and those that predict a token more; None if it has no such axis.
+    """
+
+    shape: tuple[int, ...]
+    meaning: tuple[str | None, ...]
+    dtype: jnp.dtype
+    layers: tuple[int, int] | None
+
+    def shard_shape(self, rules: Rules, slots: int) -> tuple[int, ...]:
+        """What one device holds. slots: in all."""
+        held = []
+        for length, meaning in zip(self.shape, self.meaning, strict=True):
+            if meaning == "slots":
+                held.append(slots // rules.spec.expert_devices)
+            else:
+                held.append(length // rules.parts(meaning) if meaning else length)
+        return tuple(held)
+
+
 def count_parameters(family: type[Decoder], config: ModelConfig) -> ParameterCount:
     """Counts without making a single array."""
     total = mtp = idle = 0
-    for path, shape in _shapes(family, config).items():
-        key, size = family.keys[path], 1
-        for length in shape:
-            size *= length
-        if key.per_layer:
-            stack = config.stacks[key.stack]
-            further = sum(layer >= config.layers for layer in stack)
-            mtp += size // len(stack) * further
-            size = size // len(stack) * (len(stack) - further)
+    for parameter in list_parameters(family, config, jnp.dtype("bfloat16")).values():
+        size = math.prod(parameter.shape)
+        if parameter.layers is not None:
+            own, further = parameter.layers
+            mtp += size // (own + further) * further
+            size = size // (own + further) * own
         total += size
-        if key.per_expert:
+        if "slots" in parameter.meaning:
             idle += size // config.experts * (config.experts - config.experts_per_token)
     embedding = 0 if config.tie_embeddings else config.vocab_size * config.width
     return ParameterCount(total, total - idle, embedding, mtp)
 
 
-def _shapes(family: type[Decoder], config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    with jax.set_mesh(make_mesh(MeshSpec())):
-        abstract = nnx.eval_shape(lambda: family(config, config.experts, jnp.dtype("bfloat16"), nnx.Rngs(0)))
-    return {path: leaf.shape for path, leaf in flat(nnx.to_pure_dict(nnx.state(abstract)))}
+def list_parameters(family: type[Decoder], config: ModelConfig, dtype: jnp.dtype) -> dict[str, Parameter]:
+    """Every parameter by its dotted path, as the module itself makes them: no array, no device, any size."""
+    axes = ("ranks", "slots", *SPLIT_BY_TP)
+    mesh = AbstractMesh((1,) * len(axes), axes, axis_types=(AxisType.Explicit,) * len(axes))
+    with jax.sharding.use_abstract_mesh(mesh):
+        abstract = nnx.eval_shape(lambda: family(config, config.experts, dtype, nnx.Rngs(0), _Meanings()))
+    found = {}
+    for path, leaf in flat(nnx.to_pure_dict(nnx.state(abstract))):
+        key, layers = family.keys[path], None
+        if key.per_layer:
+            stack = config.stacks[key.stack]
+            further = sum(layer >= config.layers for layer in stack)
+            layers = (len(stack) - further, further)
+        found[path] = Parameter(leaf.shape, tuple(leaf.sharding.spec), leaf.dtype, layers)
+    return found
+
+
+class _Meanings(Rules):
+    """Leaves axes named by what they mean: on a mesh whose axes are these meanings, a sharding spells them."""
+
+    def partition(self, *meaning: str | None) -> P:
+        return P(*meaning)

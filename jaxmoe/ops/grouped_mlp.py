@@ -225,13 +225,13 @@ def _megablox(rows: Array, stack: Array, sizes: Array, offset: Array) -> Array:
     # Groups of the other layers are empty and cost nothing; a slice of this layer's would be a copy of all its weights.
     everywhere = jax.lax.dynamic_update_slice_in_dim(jnp.zeros(stack.shape[0], jnp.int32), sizes, offset, 0)
     padded = jnp.pad(rows, ((0, -rows.shape[0] % KERNEL_ROWS), (0, 0)))
-    kernel: Any = megablox.gmm
-    out = kernel(
-        padded,
-        stack,
-        everywhere,
+    kernel: Any = functools.partial(
+        megablox.gmm,
         preferred_element_type=rows.dtype,
         tiling=(KERNEL_ROWS, min(512, rows.shape[1]), min(1024, stack.shape[2])),
-        interpret=jax.default_backend() != "tpu",
+    )
+    # By what the program is compiled for, which need not be what this process runs on.
+    out = jax.lax.platform_dependent(
+        padded, stack, everywhere, tpu=kernel, default=functools.partial(kernel, interpret=True)
     )
     return out[: rows.shape[0]]

@@ -1,0 +1,59 @@
+"""What is planned to travel is what travels in the compiled program."""
+
+import collections
+import functools
+
+import pytest
+
+from jaxmoe.engine.config import EngineConfig
+from jaxmoe.models.decoder import Execution
+from jaxmoe.models.presets import read_preset
+from jaxmoe.planning.ahead import unloaded_steps
+from jaxmoe.planning.collectives import exchanges
+from jaxmoe.planning.deployment import Deployment, Subject
+from jaxmoe.sharding import read_collectives
+from jaxmoe.sharding.mesh import MeshSpec, make_mesh
+
+FAMILIES = {
+    "mixtral": "mixtral-8x7b:scale=128,num_hidden_layers=2,vocab_size=128,num_attention_heads=4,num_key_value_heads=2",
+    "deepseek-v3": "deepseek-v3:scale=128,num_hidden_layers=5,vocab_size=128,n_routed_experts=32",
+    "llama4": "llama-4-maverick:scale=128,num_hidden_layers=4,vocab_size=128,num_local_experts=8,head_dim=16",
+}
+LIMITS = EngineConfig(max_batch=4, max_context=64, max_prefill_tokens=48)
+MESHES = [("dp=2,ep=4", "ep"), ("dp=2,ep=4", "dp,ep"), ("ep=8", "ep"), ("ep=4,tp=2", "ep")]
+
+
+@functools.cache
+def subject(family):
+    return Subject.read(family, read_preset(FAMILIES[family]), "float32")
+
+
+@pytest.mark.parametrize("strategy", ["all_to_all", "replicate"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("mesh", "axes"), MESHES)
+@pytest.mark.parametrize("step", ["decode", "prefill"])
+def test_planned_collectives_are_those_of_the_compiled_step(family, mesh, axes, strategy, step):
+    # Layers written out, so that every collective of a step stands in its text once.
+    execution = Execution(strategy=strategy, capacity_factor=1.0, unroll=True)
+    plan = Deployment(subject(family), MeshSpec.parse(mesh, axes), LIMITS, execution)
+    on = make_mesh(plan.spec)
+    shape = getattr(plan, step)
+    planned = collections.Counter()
+    for each in exchanges(plan, shape):
+        planned[each.kind, each.axes, each.bytes] += each.times
+    found = read_collectives(unloaded_steps(plan, on).compile(shape).as_text(), on.shape)
+    assert planned == collections.Counter((one.kind, one.axes, one.bytes) for one in found)
+
+
+def test_one_device_and_data_parallel_devices_exchange_nothing():
+    for mesh in ("dp=1,ep=1", "dp=8,ep=1"):
+        plan = Deployment(subject("mixtral"), MeshSpec.parse(mesh), LIMITS)
+        assert exchanges(plan, plan.decode) == []
+
+
+def test_auto_is_what_the_program_takes():
+    plan = Deployment(subject("deepseek-v3"), MeshSpec.parse("ep=8"), LIMITS)
+    assert [plan.strategy(shape) for shape in (plan.decode, plan.prefill)] == ["replicate", "all_to_all"]
+    kinds = [{each.kind for each in exchanges(plan, shape)} for shape in (plan.decode, plan.prefill)]
+    assert kinds[0] == {"all-gather", "reduce-scatter"}
+    assert kinds[1] == {"all-to-all", "all-reduce"}
