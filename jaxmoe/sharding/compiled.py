@@ -33,9 +33,7 @@ _ARRAY = re.compile(r"\b(?P<dtype>[a-z]\w*)\[(?P<shape>[\d,]*)\]")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.-]+) (?:\(.*\) -> .* )?\{$")
 _LOOP = re.compile(r" while\(.*")
 # Computations that an instruction runs: body=%b, calls=%c, branch_computations={%d, %e}.
-_CALLED = re.compile(
-    r"\b(?:condition|body|to_apply|calls|\w+_computations?)=(\{[^}]*\}|%?[\w.-]+)",
-)
+_CALLED = re.compile(r"\b(?:condition|body|to_apply|calls|\w+_computations?)=(\{[^}]*\}|%?[\w.-]+)")
 _NAME = re.compile(r"[\w.-]+")
 _LISTED = re.compile(r"\b(?:replica_groups|source_target_pairs)=\{(?P<groups>(?:\{[\d,]*\},?)*)\}")
 _IOTA = re.compile(r"\breplica_groups=(?P<groups>\[[\d,]+\])<=(?P<ids>\[[\d,]+\](?:T\([\d,]+\))?)")
@@ -118,7 +116,7 @@ def read_collectives(hlo: str, mesh: Mapping[str, int] | None = None) -> list[Co
         rest = one["rest"]
         if one["part"] == "-done":
             # An asynchronous pair is read at its end, whose type has no operands; its groups stand at its start.
-            rest = started.get(_NAME.findall(rest.partition(")")[0])[-1], "")
+            rest = next((started[name] for name in _NAME.findall(rest) if name in started), "")
         axes = _axes(rest, dict(mesh)) if mesh else ()
         found.append(_collective(one["kind"], one["type"], axes, computation in looped))
     return found

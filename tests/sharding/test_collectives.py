@@ -1,4 +1,6 @@
 import collections
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +28,10 @@ PROGRAMS = {"forward": BATCH * LENGTH, "decode": DECODE.batch, "prefill": PREFIL
 # Two mixtures each; the others have dense layers as well, latent attention or chunks, shared experts.
 FAMILIES = {
     "mixtral": "mixtral-8x7b:scale=128,num_hidden_layers=2,vocab_size=128,num_attention_heads=4,num_key_value_heads=2",
-    "deepseek-v3": "deepseek-v3:scale=128,num_hidden_layers=5,vocab_size=128,n_routed_experts=32",
-    "llama4": "llama-4-maverick:scale=128,num_hidden_layers=4,vocab_size=128,num_local_experts=8,head_dim=16",
+    "deepseek-v3": "deepseek-v3:scale=128,num_hidden_layers=5,vocab_size=128,n_routed_experts=32,num_attention_heads=2,"
+    "num_key_value_heads=2",
+    "llama4": "llama-4-maverick:scale=128,num_hidden_layers=4,vocab_size=128,num_local_experts=8,num_attention_heads=4,"
+    "num_key_value_heads=2,head_dim=16",
 }
 LAYERS = 2  # mixtures of each
 
@@ -108,8 +112,10 @@ def test_programs_with_one_round_and_with_several_are_both_looked_at(compile_on)
     assert [mixture_of(model, program).most_rounds > 1 for program in PROGRAMS] == [True, False, False]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(
+    ("program", "family"),
+    [*((program, "mixtral") for program in PROGRAMS), ("decode", "deepseek-v3"), ("decode", "llama4")],
+)
 def test_experts_over_all_ranks_are_exchanged_over_both_axes_at_once(compile_on, program, family):
     model, found = compile_on("dp=2,ep=4", program, family, expert_axes="dp,ep")
     shape = mixture_of(model, program)
@@ -118,8 +124,7 @@ def test_experts_over_all_ranks_are_exchanged_over_both_axes_at_once(compile_on,
     assert len(found) == LAYERS * num_collectives("all_to_all", shape)
 
 
-@pytest.mark.parametrize("expert_axes", ["ep", "dp,ep"])
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(("program", "expert_axes"), [*((program, "ep") for program in PROGRAMS), ("decode", "dp,ep")])
 def test_replicating_tokens_is_one_gather_and_one_scatter_a_mixture(compile_on, program, expert_axes):
     model, found = compile_on("dp=2,ep=4", program, strategy="replicate", expert_axes=expert_axes)
     shape = mixture_of(model, program)
@@ -156,35 +161,32 @@ def test_data_parallel_devices_exchange_nothing(compile_on):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_split_heads_and_widths_are_summed_and_only_logits_are_gathered(compile_on, family):
     model, found = compile_on("ep=2,tp=2", "decode", family)
-    config = model.config
-    assert_exchanges(found, mixture_of(model, "decode"), ("ep",))
+    config, shape = model.config, mixture_of(model, "decode")
+    assert {"heads", "expert_width", "vocab"} <= model.rules.split
+    assert_exchanges(found, shape, ("ep",))
     summed, gathered = of_kind(found, "all-reduce"), of_kind(found, "all-gather")
-    # The embedding; attention, and experts or the dense part, of each layer; shared experts.
-    assert len(summed) == 1 + 2 * config.layers + LAYERS * bool(config.shared_width)
-    assert {(one.axes, one.shapes) for one in summed} == {(("tp",), ((1, DECODE.batch, config.width),))}
-    assert [(one.axes, one.shapes) for one in gathered] == [(("tp",), ((1, DECODE.batch, config.vocab_size),))]
-    assert len(found) == len(summed) + len(gathered) + LAYERS * num_collectives(
-        "all_to_all", mixture_of(model, "decode")
-    )
+    assert {one.axes for one in summed + gathered} == {("tp",)}
+    # XLA may sum several arrays at once. They are the embedding; attention, and experts or the dense part, of each
+    # layer; and shared experts.
+    arrays = [math.prod(array) for one in summed for array in one.shapes]
+    sums = 1 + 2 * config.layers + LAYERS * bool(config.shared_width)
+    assert arrays == sums * [DECODE.batch * config.width]
+    assert [one.shapes for one in gathered] == [((1, DECODE.batch, config.vocab_size),)]
+    assert len(found) == len(summed) + len(gathered) + LAYERS * num_collectives("all_to_all", shape)
 
 
 def test_a_function_is_compiled_for_arrays_and_for_their_shapes_alike():
     mesh = make_mesh(MeshSpec.parse("dp=2,ep=4"))
-
-    def regroup(x, *, onto):
-        return jax.sharding.reshard(x, onto)
-
     array = jax.device_put(jnp.zeros((8, 8)), NamedSharding(mesh, P(("dp", "ep"))))
     shape = jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
     expected = [Collective("all-to-all", "f32", 4 * ((1, 1, 1, 2),), 32, ("ep",))]
-    onto = NamedSharding(mesh, P("dp", "ep"))
-    assert collectives_of(regroup, array, mesh=mesh, onto=P("dp", "ep")) == expected
-    assert collectives_of(regroup, shape, mesh=mesh, onto=P("dp", "ep")) == expected
+    by_columns = functools.partial(jax.sharding.reshard, out_shardings=P("dp", "ep"))
+    assert collectives_of(by_columns, array, mesh=mesh) == expected
+    assert collectives_of(by_columns, shape, mesh=mesh) == expected
+    assert collectives_of(jax.jit(by_columns), shape, mesh=mesh) == expected
     with jax.set_mesh(mesh):
-        assert collectives_of(regroup, shape, onto=P("dp", "ep")) == expected
-    jitted = jax.jit(regroup, static_argnames="onto")
-    lowered = jitted.lower(array, onto=onto)
-    assert collectives_of(jitted, array, onto=onto) == expected
+        assert collectives_of(by_columns, shape) == expected
+        lowered = jax.jit(by_columns).lower(array)
     assert collectives_of(lowered) == collectives_of(lowered.compile()) == expected
     with pytest.raises(TypeError, match="Lowered has its arguments already"):
         collectives_of(lowered, array)
@@ -204,7 +206,7 @@ def test_what_a_function_does_again_and_again_is_marked():
 
     spec = P("dp", None)
     run = jax.shard_map(summed, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    found = collectives_of(run, jnp.ones((2, 5)), mesh=mesh)
+    found = collectives_of(run, jax.device_put(jnp.ones((2, 5)), NamedSharding(mesh, spec)), mesh=mesh)
     assert [(one.kind, one.axes, one.bytes) for one in found] == 2 * [("all-reduce", ("ep",), 20)]
     assert sorted(one.in_loop for one in found) == [False, True]
 
