@@ -71,7 +71,7 @@ def load(
     path: a folder, `demo:mixtral`, `demo:deepseek-v3` or `demo:llama4`; None is the first of these.
     random_weights: instead of a checkpoint a published model with weights drawn at random, scaled down as told:
         "deepseek-v3:scale=16,num_hidden_layers=6" (`jaxmoe.models.presets.read_preset`).
-    options: `execution` and `progress` of `jaxmoe.engine.model.Model`.
+    options: of `jaxmoe.engine.model.Model`: `expert_axes`, `redundant_experts`, `execution`, `progress`.
     Raises CheckpointError, MeshError or ConfigError, each saying what to do.
     """
     folder = find_model(path) if random_weights is None else None

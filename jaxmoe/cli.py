@@ -18,6 +18,25 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="checkpoint folder, or an embedded model: demo:mixtral (the default), demo:deepseek-v3, demo:llama4",
     )
     parser.add_argument("--mesh", default="dp=1,ep=1", help="devices by axis: dp=D,ep=E[,tp=T] (default: %(default)s)")
+    parser.add_argument(
+        "--expert-axes",
+        default="ep",
+        choices=("ep", "dp,ep"),
+        help="spread the experts over ep, with a copy for each dp, or over all of dp and ep (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--redundant-experts",
+        type=int,
+        default=0,
+        metavar="R",
+        help="further replicas of experts, in all (default: as many as fill the devices evenly)",
+    )
+    parser.add_argument(
+        "--dispatch",
+        default="auto",
+        choices=("auto", "dense", "replicate", "all_to_all", "ragged_all_to_all"),
+        help="how tokens meet their experts; auto takes the cheapest for each program (default: %(default)s)",
+    )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="to compute in")
     parser.add_argument(
         "--compile-cache",
@@ -25,6 +44,19 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default=str(COMPILE_CACHE),
         help="where compiled programs are kept for the next start; '' keeps none (default: %(default)s)",
     )
+
+
+def model_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The keywords of `jaxmoe.load` that the arguments name, beside the model's own."""
+    from jaxmoe.models.decoder import Execution
+
+    return {
+        "mesh": args.mesh,
+        "dtype": args.dtype,
+        "expert_axes": args.expert_axes,
+        "redundant_experts": args.redundant_experts,
+        "execution": Execution(strategy=args.dispatch),
+    }
 
 
 def use_compile_cache(folder: str) -> None:

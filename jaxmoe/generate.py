@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jaxmoe
-from jaxmoe.cli import StartProgress, add_model_arguments, use_compile_cache
+from jaxmoe.cli import StartProgress, add_model_arguments, model_options, use_compile_cache
 from jaxmoe.engine.request import SamplingParams
 from jaxmoe.errors import CheckpointError, InvalidRequestError, JaxmoeError
 from jaxmoe.serving.tokenization import AnswerText, Delta, Tokenizer
@@ -35,9 +35,10 @@ class Source(Protocol):
 class InProcess:
     """An engine of our own, which compiles a program when a step first needs it."""
 
-    def __init__(self, model: str | None, mesh: str, dtype: str) -> None:
+    def __init__(self, model: str | None, options: dict[str, Any]) -> None:
+        """options: of `jaxmoe.load`."""
         progress = StartProgress()
-        loaded = jaxmoe.load(model, mesh, dtype, progress=progress)
+        loaded = jaxmoe.load(model, **options, progress=progress)
         self._engine = jaxmoe.Engine(loaded, jaxmoe.EngineConfig(warm_up=False), progress)
         self.max_context = self._engine.max_context
         self.recommended_sampling: Mapping[str, float] = loaded.recommended_sampling
@@ -123,7 +124,7 @@ def _source(options: argparse.Namespace) -> Iterator[Source]:
             yield client
     else:  # only now is jax loaded
         use_compile_cache(options.compile_cache)
-        yield InProcess(options.model, options.mesh, options.dtype)
+        yield InProcess(options.model, model_options(options))
 
 
 def _chat(source: Source, params: SamplingParams, stop: Sequence[str], first: str | None) -> None:

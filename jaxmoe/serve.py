@@ -5,7 +5,7 @@ import logging
 import sys
 import time
 
-from jaxmoe.cli import StartProgress, add_model_arguments, use_compile_cache
+from jaxmoe.cli import StartProgress, add_model_arguments, model_options, use_compile_cache
 from jaxmoe.engine.config import EngineConfig
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.serving import server
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         use_compile_cache(args.compile_cache)
         progress = StartProgress(report)
         report("loading weights")
-        model = load(args.model, args.mesh, args.dtype, random_weights=args.random_weights, progress=progress)
+        model = load(args.model, random_weights=args.random_weights, progress=progress, **model_options(args))
         engine = Engine(model, config, progress)
         print(f"{model.describe()}; {engine.describe()}", file=sys.stderr, flush=True)
         info = ModelInfo(

@@ -53,9 +53,11 @@ class Engine:
         tokens = [group.pages_per_rank * self.config.page_size for group in self.page_groups]
         labels = [f" ({group.span})" for group in self.page_groups] if len(tokens) > 1 else [""]
         cached = " and ".join(f"{count} tokens{label}" for count, label in zip(tokens, labels, strict=True))
+        dispatch = self._runner.describe_dispatch()
         return (
             f"context {self.max_context} tokens, {self.config.max_batch} sequences and {cached} of KV cache "
             f"({self._runner.cache_bytes / 2**20:.0f} MiB) on each of {self.model.num_ranks} attention ranks"
+            + (f"; {dispatch}" if dispatch else "")
         )
 
     @property

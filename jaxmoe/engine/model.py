@@ -26,13 +26,15 @@ from jaxmoe.checkpoints.loader import (
 from jaxmoe.checkpoints.native import is_native, load_native
 from jaxmoe.engine.pages import pages_reached
 from jaxmoe.errors import ConfigError, InvalidRequestError
-from jaxmoe.models.config import rules_for, text_config, token_ids
+from jaxmoe.models.config import rules_for, split_sizes, text_config, token_ids
 from jaxmoe.models.decoder import RANK_ROWS, Decoder, Execution, merge
 from jaxmoe.models.kv_cache import PagedContext, make_cache
 from jaxmoe.models.presets import read_preset
 from jaxmoe.models.random_weights import random_params
 from jaxmoe.models.registry import family_of
-from jaxmoe.moe.placement import initial_placement
+from jaxmoe.moe.moving import mover, slot_sources
+from jaxmoe.moe.placement import initial_placement, placement_of
+from jaxmoe.moe.strategy import Mixture, Strategy, check_strategy, choose
 from jaxmoe.sharding.devices import virtual_devices
 from jaxmoe.sharding.mesh import RANKS, MeshSpec, make_mesh, slots_for
 
@@ -49,6 +51,8 @@ class Model:
 
     random_weights: in place of a folder, a preset (see `read_preset`) whose weights are drawn at random.
     mesh: a MeshSpec or its text, "dp=2,ep=4". On a CPU the devices it needs are made if JAX has not started yet.
+    expert_axes: of a mesh given as text: "ep", a copy of the experts for each `dp` coordinate, or "dp,ep", one in all.
+    redundant_experts: replicas of experts beyond one of each, in all; rounded up to as many slots on every device.
     dtype: what to compute in: float32, bfloat16 or float16.
     progress: called with a stage's name, what is done and what there is in all.
     """
@@ -61,16 +65,19 @@ class Model:
         execution: Execution = Execution(),  # noqa: B008 - frozen
         progress: Progress = no_progress,
         random_weights: str | None = None,
+        expert_axes: str = "ep",
+        redundant_experts: int = 0,
     ) -> None:
         if (folder is None) == (random_weights is None):
             raise ConfigError("give either the folder of a checkpoint or a preset for random weights")
+        if redundant_experts < 0:
+            raise ConfigError(f"redundant_experts={redundant_experts} must not be negative")
         if dtype not in DTYPES:
             raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
         self.folder = None if folder is None else Path(folder)
         self.name = self.folder.resolve().name if self.folder else f"random:{random_weights}"
         self.dtype = jnp.dtype(DTYPES[dtype])
-        self.execution = execution
-        self.mesh_spec = MeshSpec.parse(mesh) if isinstance(mesh, str) else mesh
+        self.mesh_spec = MeshSpec.parse(mesh, expert_axes) if isinstance(mesh, str) else mesh
         native = self.folder is not None and is_native(self.folder)
         hf = read_config(self.folder) if self.folder else read_preset(random_weights or "")
         generation = read_generation_config(self.folder) if self.folder else {}
@@ -95,7 +102,9 @@ class Model:
         self.rules = rules_for(config, spec)
         virtual_devices(spec.num_devices)
         self.mesh = make_mesh(spec)
-        slots = slots_for(config.experts, spec)
+        self.execution = dataclasses.replace(execution, platform=self.mesh.devices.flat[0].platform)
+        check_strategy(self.execution.strategy, self.execution.platform)
+        slots = slots_for(config.experts, spec, redundant_experts)
         placement = initial_placement(len(config.stacks["moe"]), config.experts, slots)
         with jax.set_mesh(self.mesh):
             self.abstract: Decoder = nnx.eval_shape(lambda: family(config, slots, self.dtype, nnx.Rngs(0), self.rules))
@@ -136,8 +145,53 @@ class Model:
         return (
             f"{config.model_type} of {self.num_parameters / 1e6:,.1f} M parameters "
             f"({config.experts} experts, {config.experts_per_token} a token) in {self.dtype} on {self.mesh_spec}, "
-            f"{self.mesh.devices.flat[0].device_kind}"
+            f"{self.mesh.devices.flat[0].device_kind}{self._describe_layout()}"
         )
+
+    def _describe_layout(self) -> str:
+        """What is not as the mesh alone would have it; "" if nothing is."""
+        config, spec, parts = self.config, self.mesh_spec, []
+        slots = self.placement.slot_expert.shape[1]
+        if config.stacks["moe"] and spec.expert_devices > 1:
+            parts.append(
+                f"{slots // spec.expert_devices} of {slots} expert slots a device, over {spec.axes_of_experts}"
+            )
+        if whole := sorted(set(split_sizes(config)) - self.rules.split) if spec.tp > 1 else []:
+            parts.append(f"tp leaves {', '.join(whole)} whole")
+        return "".join(f"; {part}" for part in parts)
+
+    def place_experts(self, slot_expert: Int[np.ndarray, "L S"]) -> None:
+        """Moves experts so that slot s of mixture l holds slot_expert[l, s]; the answers stay the same.
+
+        Steps read placement and weights as arguments, so nothing is compiled anew but, the first time, the move.
+        Raises ConfigError, and changes nothing, on another shape or if an expert has no slot.
+        """
+        old, new = np.asarray(self.placement.slot_expert), np.asarray(slot_expert, np.int32)
+        if new.shape != old.shape:
+            raise ConfigError(f"a placement of {new.shape} mixtures and slots does not fit {old.shape}")
+        placement = placement_of(new, self.config.experts)
+        stacks = self.params["experts"]
+        move = mover(self.mesh, self.rules, tuple(leaf.sharding.spec for leaf in stacks.values()))
+        leaves = tuple(stacks.values())
+        for layer in np.flatnonzero((old != new).any(axis=1)):
+            sources = slot_sources(old[layer], new[layer], self.mesh_spec.expert_devices)
+            leaves = move(leaves, np.int32(layer), sources)
+            # What was there before is gone with the call.
+            self.params["experts"] = dict(zip(stacks, leaves, strict=True))
+        self.placement = jax.device_put(placement, NamedSharding(self.mesh, P()))
+
+    def strategy(self, tokens: int) -> Strategy:
+        """How mixtures dispatch in a program of so many tokens a rank."""
+        config, execution = self.config, self.execution
+        shape = Mixture(
+            tokens,
+            config.width,
+            config.experts_per_token,
+            self.mesh_spec.expert_devices,
+            self.dtype.itemsize,
+            execution.capacity_factor,
+        )
+        return choose(execution.strategy, shape, execution.platform)
 
     def logits(self, token_ids: Int[np.ndarray, "B T"] | Sequence[Sequence[int]]) -> Float[np.ndarray, "B T V"]:
         """Logits at every position of every row, float32, without a cache.

@@ -47,6 +47,18 @@ class Runner:
         """Bytes of KV cache of one attention rank, over its `tp` devices; what all of these hold counts once."""
         return sum(array.nbytes for array in jax.tree.leaves(self._cache)) // self.model.num_ranks
 
+    def describe_dispatch(self) -> str:
+        """How the programs' mixtures dispatch, by tokens a rank; "" where one device has all experts."""
+        if self.model.mesh_spec.expert_devices == 1 or not self.model.config.stacks["moe"]:
+            return ""
+        tokens: dict[str, list[int]] = {}
+        for count in sorted({shape.batch * shape.tokens for shape in self._buckets}):
+            tokens.setdefault(self.model.strategy(count), []).append(count)
+        return "; ".join(
+            f"{strategy} for steps of {', '.join(map(str, counts))} tokens a rank"
+            for strategy, counts in tokens.items()
+        )
+
     def run(self, plan: StepPlan) -> dict[str, tuple[int, float]]:
         """Token and log-probability, by request id, of every chunk of the plan that samples."""
         calls = self._buckets.prefills(plan.prefills) if any(plan.prefills) else []

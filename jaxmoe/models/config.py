@@ -288,11 +288,8 @@ def rope_from(fields: Fields, default_theta: float, max_position: int) -> RopeCo
     return rope
 
 
-def rules_for(config: ModelConfig, spec: MeshSpec) -> Rules:
-    """How `tp` splits the model: each axis that it divides; heads together with the key-value heads that they meet.
-
-    With more devices than key-value heads, those are whole on each. Raises MeshError if `tp` divides nothing.
-    """
+def split_sizes(config: ModelConfig) -> dict[str, int]:
+    """The axes that `tp` may split, by what they mean."""
     sizes = {"heads": config.heads, "vocab": config.vocab_size}
     if config.latent is None:
         sizes["kv_heads"] = config.kv_heads
@@ -302,7 +299,15 @@ def rules_for(config: ModelConfig, spec: MeshSpec) -> Rules:
             sizes["shared_width"] = config.shared_width
     if config.stacks["dense"]:
         sizes["dense_width"] = config.dense_width
-    rules = Rules.fit(spec, **sizes)
+    return sizes
+
+
+def rules_for(config: ModelConfig, spec: MeshSpec) -> Rules:
+    """How `tp` splits the model: each axis that it divides; heads together with the key-value heads that they meet.
+
+    With more devices than key-value heads, those are whole on each. Raises MeshError if `tp` divides nothing.
+    """
+    rules = Rules.fit(spec, **split_sizes(config))
     whole = set()
     if config.latent is None and config.kv_heads % spec.tp and spec.tp % config.kv_heads:
         whole.add("heads")

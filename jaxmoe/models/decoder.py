@@ -22,7 +22,6 @@ from jaxmoe.moe.dispatch import mixture
 from jaxmoe.moe.experts import Experts
 from jaxmoe.moe.placement import Placement, choose_slots
 from jaxmoe.moe.routing import Routing
-from jaxmoe.moe.strategy import Strategy
 from jaxmoe.ops.norms import rms_norm
 from jaxmoe.sharding.rules import Rules
 
@@ -34,12 +33,14 @@ DecoderT = TypeVar("DecoderT", bound="Decoder")
 class Execution:
     """How the same mathematics is laid out in a compiled program; never changes a token.
 
+    strategy, capacity_factor, platform: see `moe.dispatch.mixture`.
     unroll: write the layers out instead of scanning over them. Steps are equally fast on a CPU and programs three times
         longer to compile, so only training (whose gradients would pass through the scan) asks for it.
     """
 
-    strategy: Strategy = "auto"
+    strategy: str = "auto"
     capacity_factor: float = 2.0
+    platform: str = "cpu"
     unroll: bool = False
 
 
@@ -266,6 +267,7 @@ class Decoder(nnx.Module):
             execution.strategy,
             execution.capacity_factor,
             self.weigh_input,
+            execution.platform,
         )
         if self.config.shared_width:
             mixed = mixed + self.shared(x, layer)

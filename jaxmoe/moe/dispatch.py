@@ -21,11 +21,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.axes import Hidden, Layer
-from jaxmoe.moe.exchange import exchange
+from jaxmoe.moe.exchange import LocalExperts, exchange
 from jaxmoe.moe.experts import Experts
-from jaxmoe.moe.strategy import HAS_RAGGED, STRATEGIES, Mixture, Strategy, choose, link_of
+from jaxmoe.moe.strategy import Mixture, choose
 from jaxmoe.ops.gating import swiglu
-from jaxmoe.ops.grouped_mlp import grouped_mlp
+from jaxmoe.ops.grouped_mlp import grouped_mlp, implementation_for
 from jaxmoe.sharding.mesh import RANKS
 from jaxmoe.sharding.words import from_words, to_words
 
@@ -38,30 +38,35 @@ def mixture(
     weights: Float[Array, "R N K"],
     experts: Experts,
     layer: Layer,
-    strategy: Strategy = "auto",
+    strategy: str = "auto",
     capacity_factor: float = 2.0,
     weigh_input: bool = False,
+    platform: str = "cpu",
 ) -> Hidden:
     """sum_k weights[k] * expert[slots[k]](x), summed in float32 and cast to x's dtype.
 
     Slot -1 adds nothing. weigh_input: the weight is on the expert's input instead, expert[slots[k]](weights[k] * x).
+    platform: what the program is compiled for, by JAX's name: "cpu", "gpu" or "tpu".
     """
     rules = experts.rules
     _, tokens, width = x.shape
     shape = Mixture(tokens, width, slots.shape[-1], rules.spec.expert_devices, x.dtype.itemsize, capacity_factor)
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy={strategy!r} is not one of {', '.join(STRATEGIES)}")
-    if strategy == "auto":
-        platform = jax.default_backend()
-        strategy = choose(shape, link_of(platform), platform in HAS_RAGGED)
+    chosen = choose(strategy, shape, platform)
     layer = jnp.asarray(layer)
+    run = functools.partial(
+        grouped_mlp,
+        activation=experts.activation,
+        weigh_input=weigh_input,
+        implementation=implementation_for(platform),
+        expected=shape.tokens * shape.choices,
+    )
     with jax.named_scope("moe"):
-        if strategy == "dense":
+        if chosen == "dense":
             return _dense(x, slots, weights, experts, layer, weigh_input)
-        if strategy in ("all_to_all", "ragged_all_to_all") and shape.devices > 1:
-            out = exchange(x, slots, weights, experts, layer, shape, weigh_input, strategy == "ragged_all_to_all")
+        if chosen in ("all_to_all", "ragged_all_to_all") and shape.devices > 1:
+            out = exchange(x, slots, weights, experts, layer, shape, run, chosen == "ragged_all_to_all")
         else:
-            out = _replicate(x, slots, weights, experts, layer, shape, weigh_input)
+            out = _replicate(x, slots, weights, experts, layer, shape, run)
         return _sum_over_tp(out, experts)
 
 
@@ -97,23 +102,14 @@ def _replicate(
     experts: Experts,
     layer: Array,
     shape: Mixture,
-    weigh_input: bool,
+    run: LocalExperts,
 ) -> Array:
     axes, dtype = experts.rules.spec.expert_axes, x.dtype
 
     def local(x: Array, slots: Array, weights: Array, gate_up: Array, down: Array, layer: Array) -> Array:
         of_rank = (x[0], slots[0], weights[0])
-        run = functools.partial(
-            grouped_mlp,
-            gate_up=gate_up,
-            down=down,
-            layer=layer,
-            activation=experts.activation,
-            weigh_input=weigh_input,
-            expected=shape.tokens * shape.choices,
-        )
         if shape.devices == 1:
-            return run(*of_rank)[None]
+            return run(*of_rank, gate_up, down, layer)[None]
         # One gather: slots and weights travel as further words of their row.
         sent = jnp.concatenate([to_words(array, dtype) for array in of_rank], axis=1)
         rows = jax.lax.all_gather(sent, axes, tiled=True)
@@ -121,11 +117,11 @@ def _replicate(
             rows, [(shape.width, dtype), (shape.choices, jnp.int32), (shape.choices, jnp.float32)]
         )
         mine = slots // gate_up.shape[1] == jax.lax.axis_index(axes)
-        out = run(every_x, jnp.where((slots >= 0) & mine, slots % gate_up.shape[1], -1), weights)
+        local_slots = jnp.where((slots >= 0) & mine, slots % gate_up.shape[1], -1)
+        out = run(every_x, local_slots, weights, gate_up, down, layer)
         return jax.lax.psum_scatter(out, axes, tiled=True)[None]
 
-    weights_specs = (experts.rules.partition(*Experts.GATE_UP), experts.rules.partition(*Experts.DOWN))
-    run = jax.shard_map(
-        local, in_specs=(TOKENS, TOKENS, TOKENS, *weights_specs, P()), out_specs=TOKENS, check_vma=False
-    )
-    return run(x, slots, weights, experts.gate_up[...], experts.down[...], layer)
+    stacks = (experts.rules.partition(*Experts.GATE_UP), experts.rules.partition(*Experts.DOWN))
+    in_specs = (TOKENS, TOKENS, TOKENS, *stacks, P())
+    on_devices = jax.shard_map(local, in_specs=in_specs, out_specs=TOKENS, check_vma=False)
+    return on_devices(x, slots, weights, experts.gate_up[...], experts.down[...], layer)

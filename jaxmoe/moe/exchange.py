@@ -9,7 +9,8 @@ tunes speed, never a result.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,10 @@ from jaxtyping import Array, Float, Int
 from jaxmoe.axes import Hidden
 from jaxmoe.moe.experts import Experts
 from jaxmoe.moe.strategy import Mixture
-from jaxmoe.ops.grouped_mlp import grouped_mlp
 from jaxmoe.sharding.mesh import RANKS
 from jaxmoe.sharding.words import from_words, to_words
 
+LocalExperts: TypeAlias = Callable[..., Array]
 TOKENS, QUEUE = P(RANKS, None, None), P(RANKS, None)
 
 
@@ -33,10 +34,13 @@ def exchange(
     experts: Experts,
     layer: Int[Array, ""],
     shape: Mixture,
-    weigh_input: bool,
+    run: LocalExperts,
     ragged: bool,
 ) -> Hidden:
-    """What `dispatch.mixture` gives, before its sum over `tp`. ragged: rows travel that are there, and no others."""
+    """What `dispatch.mixture` gives, before its sum over `tp`.
+
+    run: `grouped_mlp` up to its layer. ragged: rows travel that are there, and no others.
+    """
     rules, dtype = experts.rules, x.dtype
     axes, devices, capacity, lanes = rules.spec.expert_axes, shape.devices, shape.capacity, shape.lanes
     slots_per_device = experts.gate_up.shape[1] // devices
@@ -73,17 +77,7 @@ def exchange(
 
     def compute(words: Array, gate_up: Array, down: Array, layer: Array) -> Array:
         rows, local, of_rows = from_words(words.reshape(devices * capacity, -1), fields)
-        out = grouped_mlp(
-            rows,
-            local - 1,
-            of_rows,
-            gate_up,
-            down,
-            layer,
-            experts.activation,
-            weigh_input=weigh_input,
-            expected=shape.tokens * shape.choices,
-        )
+        out = run(rows, local - 1, of_rows, gate_up, down, layer)
         return to_words(out, dtype).reshape(*words.shape[:-1], -1)
 
     def unpack(out: Array, words: Array, destination: Array, place: Array, turn: Array) -> Array:

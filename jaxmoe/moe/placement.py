@@ -1,6 +1,7 @@
 """Which physical slot holds which logical expert.
 
-Placement is data: an argument of the compiled step, never a constant.
+Placement is data: an argument of the compiled step, never a constant. All placements of one model on one mesh have the
+same shapes, so that changing one for another compiles nothing.
 """
 
 from typing import NamedTuple
@@ -9,9 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from jaxmoe.errors import ConfigError
+
 
 class Placement(NamedTuple):
-    """Slots and replicas of every layer. Replica lists are padded with slot 0 beyond `replica_count`."""
+    """Slots and replicas of every layer. Replica lists are padded with slot 0 beyond `replica_count`.
+
+    An expert may have as many replicas as there are slots that no other expert needs: the axis has S - E + 1 places.
+    """
 
     slot_expert: Int[Array | np.ndarray, "L S"]
     replica_slots: Int[Array | np.ndarray, "L E replicas"]
@@ -24,12 +30,30 @@ def initial_placement(num_layers: int, num_experts: int, num_slots: int) -> Plac
     >>> initial_placement(1, 3, 4).slot_expert
     [[0, 1, 2, 0]]
     """
-    slot_expert = np.arange(num_slots, dtype=np.int32) % num_experts
-    most = -(-num_slots // num_experts)
-    slots = np.arange(num_experts)[:, None] + num_experts * np.arange(most)[None, :]
-    present = slots < num_slots
-    placement = Placement(slot_expert, np.where(present, slots, 0).astype(np.int32), present.sum(1).astype(np.int32))
-    return Placement(*(np.broadcast_to(array, (num_layers, *array.shape)).copy() for array in placement))
+    of_layer = np.arange(num_slots, dtype=np.int32) % num_experts
+    return placement_of(np.tile(of_layer, (num_layers, 1)), num_experts)
+
+
+def placement_of(slot_expert: Int[np.ndarray, "L S"], num_experts: int) -> Placement:
+    """The placement in which slot s of layer l holds expert slot_expert[l, s]; replicas in order of slots. Host arrays.
+
+    Raises ConfigError unless every layer holds every expert and none other.
+
+    >>> placement_of(np.array([[2, 0, 1, 0]]), 3).replica_slots
+    [[[1, 3], [2, 0], [0, 0]]]
+    """
+    layers, slots = slot_expert.shape
+    count = np.zeros((layers, num_experts), np.int32)
+    replica_slots = np.zeros((layers, num_experts, max(1, slots - num_experts + 1)), np.int32)
+    for layer, row in enumerate(slot_expert):
+        if missing := sorted(set(range(num_experts)) - set(row.tolist())):
+            raise ConfigError(f"layer {layer} of the placement has no slot for experts {missing[:20]}")
+        if unknown := sorted(set(row.tolist()) - set(range(num_experts))):
+            raise ConfigError(f"layer {layer} of the placement names experts {unknown[:20]}; there are {num_experts}")
+        for slot, expert in enumerate(row):
+            replica_slots[layer, expert, count[layer, expert]] = slot
+            count[layer, expert] += 1
+    return Placement(slot_expert.astype(np.int32), replica_slots, count)
 
 
 def choose_slots(

@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Mapping
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, cast, get_args
+
+from jaxmoe.errors import ConfigError
 
 Strategy = Literal["auto", "dense", "replicate", "all_to_all", "ragged_all_to_all"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
@@ -70,8 +72,14 @@ LINKS: Mapping[str, Link] = {
 HAS_RAGGED = frozenset({"gpu", "tpu"})
 
 
-def link_of(platform: str) -> Link:
-    return LINKS.get(platform, LINKS["gpu"])
+def check_strategy(strategy: str, platform: str) -> None:
+    """Raises ConfigError if there is no such strategy, or not on this platform."""
+    if strategy not in STRATEGIES:
+        raise ConfigError(f"dispatch={strategy!r} is not one of {', '.join(STRATEGIES)}")
+    if strategy == "ragged_all_to_all" and platform not in HAS_RAGGED:
+        raise ConfigError(
+            f"dispatch={strategy!r} is not implemented on {platform}; use all_to_all, which sends the same"
+        )
 
 
 def sent_bytes(strategy: Strategy, shape: Mixture, rounds: int = 1) -> tuple[int, int]:
@@ -104,12 +112,17 @@ def seconds(strategy: Strategy, shape: Mixture, link: Link) -> float:
     return num_collectives(strategy, shape) * link.latency + sum(sent_bytes(strategy, shape)) / link.bandwidth
 
 
-def choose(shape: Mixture, link: Link, ragged: bool = False) -> Strategy:
-    """The cheapest strategy; of equals the first of replicate, all_to_all and ragged_all_to_all.
+def choose(strategy: str, shape: Mixture, platform: str) -> Strategy:
+    """The strategy of that name, or what "auto" comes to on this platform (JAX's name: "cpu", "gpu", "tpu").
 
-    ragged: whether the backend has a ragged all-to-all.
+    That is the cheapest; of equals the first of replicate, all_to_all and ragged_all_to_all. Raises ConfigError.
     """
-    choices: tuple[Strategy, ...] = ("replicate", "all_to_all", "ragged_all_to_all")
+    check_strategy(strategy, platform)
+    if strategy != "auto":
+        return cast(Strategy, strategy)
     if shape.devices == 1:
         return "replicate"
-    return min(choices[: 3 if ragged else 2], key=lambda strategy: seconds(strategy, shape, link))
+    choices: list[Strategy] = ["replicate", "all_to_all"]
+    if platform in HAS_RAGGED:
+        choices.append("ragged_all_to_all")
+    return min(choices, key=lambda each: seconds(each, shape, LINKS[platform]))

@@ -17,15 +17,19 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import megablox
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.ops.gating import swiglu
 
 Implementation = Literal["tiles", "ragged_dot", "megablox"]
-DEFAULTS: dict[str, Implementation] = {"gpu": "ragged_dot", "tpu": "megablox"}
 MAX_TILE_ROWS = 512
 KERNEL_ROWS = 128  # of a tile of the Pallas kernel, which divides its rows
+
+
+def implementation_for(platform: str) -> Implementation:
+    """The default of a platform by JAX's name: "cpu", "gpu", "tpu"."""
+    defaults: dict[str, Implementation] = {"gpu": "ragged_dot", "tpu": "megablox"}
+    return defaults.get(platform, "tiles")
 
 
 def grouped_mlp(
@@ -38,7 +42,7 @@ def grouped_mlp(
     activation: str = "silu",
     *,
     weigh_input: bool = False,
-    implementation: str | None = None,
+    implementation: str = "tiles",
     expected: int | None = None,
 ) -> Float[Array, "N D"]:
     """sum_k weights[n, k] * mlp[layer, slots[n, k]](x[n]), summed in float32 and cast to x's dtype.
@@ -48,11 +52,9 @@ def grouped_mlp(
 
     weigh_input: the weight is on the MLP's input instead: mlp(weights[n, k] * x[n]).
     layer: of stacked MLPs; indexed within, so that no layer is copied.
-    implementation: None takes the backend's default.
+    implementation: see above; `implementation_for` names a platform's default.
     expected: how many of the N * K slots will be others than -1, if that is not most of them; tunes speed only.
     """
-    if implementation is None:
-        implementation = DEFAULTS.get(jax.default_backend(), "tiles")
     if implementation not in get_args(Implementation):
         raise ValueError(f"implementation={implementation!r} is not one of {', '.join(get_args(Implementation))}")
     _, num_slots, width, _, inner = gate_up.shape
@@ -216,6 +218,8 @@ def _ragged_dot(rows: Array, stack: Array, sizes: Array, offset: Array) -> Array
 
 
 def _megablox(rows: Array, stack: Array, sizes: Array, offset: Array) -> Array:
+    from jax.experimental.pallas.ops.tpu import megablox  # takes a quarter of a second to import
+
     # Groups of the other layers are empty and cost nothing; a slice of this layer's would be a copy of all its weights.
     everywhere = jax.lax.dynamic_update_slice_in_dim(jnp.zeros(stack.shape[0], jnp.int32), sizes, offset, 0)
     padded = jnp.pad(rows, ((0, -rows.shape[0] % KERNEL_ROWS), (0, 0)))

@@ -1,5 +1,5 @@
-"""Where arrays lie on which devices, and what XLA makes of it."""
+"""Meshes, how arrays lie on them, and what XLA made of it: `collectives(fn, *args)`."""
 
-from jaxmoe.sharding.compiled import Collective, collectives, read_collectives, summarise
+from jaxmoe.sharding.hlo import Collective, collectives, read_collectives
 
-__all__ = ["Collective", "collectives", "read_collectives", "summarise"]
+__all__ = ["Collective", "collectives", "read_collectives"]

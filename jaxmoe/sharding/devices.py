@@ -6,6 +6,13 @@ import jax
 
 from jaxmoe.errors import MeshError
 
+# Seconds after which XLA complains of, and aborts over, a collective that some device has not reached. Devices that
+# share a few cores may be far apart in a long step: after the 20 and 40 of its defaults nothing need be wrong.
+PATIENCE = {
+    "xla_cpu_collective_call_warn_stuck_timeout_seconds": 300,
+    "xla_cpu_collective_call_terminate_timeout_seconds": 1800,
+}
+
 
 def virtual_devices(count: int) -> None:
     """Makes the CPU act as at least `count` devices.
@@ -27,3 +34,6 @@ def virtual_devices(count: int) -> None:
         # XLA sizes its thread pool by the cores it believes it has. With fewer threads than devices that wait for each
         # other in collectives, it deadlocks (jaxlib up to 0.11); it reads this variable when the backend starts.
         os.environ.setdefault("NPROC", str(2 * count))
+        given = os.environ.get("XLA_FLAGS", "")
+        patience = [f"--{flag}={seconds}" for flag, seconds in PATIENCE.items() if flag not in given]
+        os.environ["XLA_FLAGS"] = " ".join(filter(None, [given, *patience]))

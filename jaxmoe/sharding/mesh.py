@@ -68,6 +68,11 @@ class MeshSpec:
         return self.dp * self.ep
 
     @property
+    def axes_of_experts(self) -> str:
+        """As the command line has it: "ep" or "dp,ep"."""
+        return ",".join(self.expert_axes)
+
+    @property
     def expert_devices(self) -> int:
         """Devices over which one copy of the experts is spread, each with its `tp` peers."""
         return math.prod(getattr(self, axis) for axis in self.expert_axes)

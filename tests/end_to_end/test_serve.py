@@ -112,6 +112,14 @@ def test_a_client_that_knows_nothing_but_the_address_streams_text(server, tokeni
     assert re.search(r"[A-Za-z]{2,}", text)
 
 
+def test_128_devices_answer_as_eight_do(server, pytestconfig, prompts):
+    limits = ("--max-batch", "1", "--max-context", "128", "--max-prefill-tokens", "64")
+    with Client(server) as client:
+        expected = [tokens_of(client, prompt) for prompt in prompts[:3]]
+    with serving("--mesh", "dp=8,ep=16", *limits, env=environment(pytestconfig)) as address, Client(address) as client:
+        assert [tokens_of(client, prompt) for prompt in prompts[:3]] == expected
+
+
 @pytest.mark.parametrize(("name", "mesh"), [("deepseek-v3", "ep=4"), ("llama4", "dp=2,ep=2")])
 def test_every_embedded_model_answers_as_it_does_in_this_process(pytestconfig, tokenizer, name, mesh):
     # Llama 4's answer begins in one chunk of its attention and ends in the next.
@@ -158,7 +166,8 @@ def test_a_bad_request_is_explained_and_the_others_go_on_unchanged(server, promp
         (["--model", "demo:gpt"], "demo:gpt is not a demo model; use demo:mixtral or demo:deepseek-v3"),
         (["--random-weights", "gpt-4"], "'gpt-4' is not a known model; use one of mixtral-8x7b"),
         (["--mesh", "ep=4,xp=2"], "'xp=2' is not one of dp=N, ep=N, tp=N"),
-        (["--mesh", "tp=3"], "tp=3 does not divide heads=4, kv_heads=2; use tp in [1, 2]"),
+        (["--mesh", "tp=5"], "tp=5 divides none of heads=4, vocab=4096, kv_heads=2, expert_width=216; use tp in 1, 2"),
+        (["--dispatch", "ragged_all_to_all"], "dispatch='ragged_all_to_all' is not implemented on cpu"),
         (["--max-batch", "0"], "max_batch=0 must be a whole number of at least 1"),
         (["--host", "0.0.0.0"], "--insecure-bind"),
         (["--port", "99999"], "--port 99999 is not in 0..65535"),

@@ -176,8 +176,8 @@ def test_log_probabilities_are_those_of_the_uncached_logits(engine, model, promp
 def test_a_mesh_that_does_not_fit_says_what_would(checkpoint):
     with pytest.raises(MeshError, match=r"needs 16 devices and 8 cpu are here|16 devices are needed"):
         Model(checkpoint.folder, "ep=16")
-    with pytest.raises(MeshError, match=r"tp=4 does not divide kv_heads=2.*use tp in \[1, 2\]"):
-        Model(checkpoint.folder, "tp=4")
+    with pytest.raises(MeshError, match=r"tp=7 divides none of heads=4, .*; use tp in 1, 2, "):
+        Model(checkpoint.folder, "tp=7")
 
 
 def test_a_dtype_or_memory_that_cannot_work_is_explained(checkpoint, model):

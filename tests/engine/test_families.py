@@ -115,7 +115,7 @@ def test_the_engine_says_how_much_is_cached_for_which_span(models):
 def test_a_step_updates_the_cache_in_place(models, mesh):
     model = models(mesh)
     packing = Packing(model.config.spans, 4)
-    cache = make_cache(model.config, model.mesh, tuple(8192 for _ in packing.spans), 4, model.dtype)
+    cache = make_cache(model.config, model.mesh, model.rules, tuple(8192 for _ in packing.spans), 4, model.dtype)
     arrays = [array.nbytes // model.num_ranks for array in jax.tree.leaves(cache)]
     for shape in (StepShape(2, 1, 16), StepShape(1, 16, 16)):
         memory = Executables(model, cache, packing).compile(shape).memory_analysis()

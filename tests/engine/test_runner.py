@@ -6,6 +6,7 @@ import pytest
 from jaxmoe.engine.config import EngineConfig
 from jaxmoe.engine.runner import ACCELERATOR_SHARE, page_groups
 from jaxmoe.errors import ConfigError
+from jaxmoe.models.config import rules_for
 from jaxmoe.models.kv_cache import bytes_per_page
 from jaxmoe.models.presets import read_preset
 from jaxmoe.models.registry import family_of
@@ -20,10 +21,12 @@ def model_of(preset, gib, tp=1, **edit):
     hf = {**read_preset(preset), **edit}
     memory = {"bytes_limit": int(gib * 2**30 / ACCELERATOR_SHARE) + 1, "bytes_in_use": 0}
     device = types.SimpleNamespace(memory_stats=lambda: memory)
+    config = family_of(hf).read_config(hf)
     return types.SimpleNamespace(
-        config=family_of(hf).read_config(hf),
+        config=config,
         dtype=jnp.dtype(jnp.bfloat16),
         mesh_spec=MeshSpec(tp=tp),
+        rules=rules_for(config, MeshSpec(tp=tp)),
         mesh=types.SimpleNamespace(devices=types.SimpleNamespace(flat=[device])),
     )
 
@@ -35,8 +38,8 @@ def pages_of(model, max_context, **limits):
 
 
 def gib_of(model, pages):
-    sizes = enumerate(pages.items())
-    return sum(count * bytes_per_page(model.config, group, 16, model.dtype) for group, (_, count) in sizes) / 2**30
+    each = (bytes_per_page(model.config, group, 16, model.dtype, model.rules) for group in range(len(pages)))
+    return sum(count * size for count, size in zip(pages.values(), each, strict=True)) / 2**30
 
 
 def test_memory_enough_gives_a_full_batch_at_full_context_but_short_spans_only_what_they_see():

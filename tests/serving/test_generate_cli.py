@@ -47,7 +47,7 @@ class Model:
         self.recommended_sampling = {"temperature": 0.7, "top_p": 0.9}
         self.asked_for = None
 
-    def load(self, path, mesh, dtype, progress):
+    def load(self, path, *, mesh, dtype, progress, **options):
         self.asked_for = (path, mesh, dtype)
         return self
 
@@ -191,7 +191,7 @@ def test_what_the_server_refuses_is_told_in_one_line(server, capsys, options, wo
 
 
 def test_a_checkpoint_that_cannot_be_loaded_is_told_in_one_line(model, capsys, monkeypatch):
-    def load(path, *options, progress):
+    def load(path, **options):
         raise CheckpointError("no checkpoint at PATH")
 
     monkeypatch.setitem(vars(jaxmoe), "load", load)

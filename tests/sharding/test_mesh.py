@@ -4,8 +4,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoe.errors import MeshError
 from jaxmoe.sharding.devices import virtual_devices
-from jaxmoe.sharding.mesh import MeshSpec, make_mesh, slots_for, spec_of
-from jaxmoe.sharding.rules import check_divisible, partition
+from jaxmoe.sharding.mesh import MeshSpec, make_mesh, slots_for
+from jaxmoe.sharding.rules import Rules
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,6 @@ def test_a_mesh_has_the_shape_of_its_spec_and_explicit_axes():
     mesh = make_mesh(MeshSpec(2, 2, 2))
     assert mesh.shape == {"dp": 2, "ep": 2, "tp": 2}
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Explicit}
-    assert spec_of(mesh) == MeshSpec(2, 2, 2)
 
 
 def test_a_mesh_takes_the_first_devices_and_leaves_the_rest():
@@ -93,15 +92,37 @@ def test_slots_fill_every_device_and_hold_every_expert(experts, ep, redundant, s
     assert slots_for(experts, MeshSpec(ep=ep), redundant) == slots
 
 
-def test_axes_that_tp_does_not_divide_are_told_together_with_what_would_work():
-    check_divisible(MeshSpec(tp=2), heads=8, kv_heads=2)
+def test_experts_over_both_axes_fill_all_devices_but_those_of_tp():
+    spec = MeshSpec.parse("dp=3,ep=4,tp=2", "dp,ep")
+    assert (spec.expert_devices, spec.axes_of_experts, slots_for(8, spec)) == (12, "dp,ep", 12)
+    assert MeshSpec.parse("dp=3,ep=4,tp=2").expert_devices == 4
+
+
+def test_other_axes_for_experts_are_told():
+    with pytest.raises(MeshError, match="expert axes 'ep,dp' are not supported; use ep or dp,ep"):
+        MeshSpec.parse("dp=2,ep=4", "ep,dp")
+
+
+def test_tp_splits_what_it_divides_and_leaves_the_rest_whole():
+    rules = Rules.fit(MeshSpec(tp=4), heads=8, kv_heads=2, expert_width=6)
+    assert rules.split == {"heads"}
+    assert (rules.parts("heads"), rules.parts("kv_heads")) == (4, 1)
+    assert rules.partition("heads", None, "kv_heads") == P("tp", None, None)
+    assert Rules.fit(MeshSpec(ep=4), heads=8).partition("heads") == P(None)
+
+
+def test_a_tp_that_divides_nothing_is_told_with_what_would_work():
     with pytest.raises(MeshError) as error:
-        check_divisible(MeshSpec(tp=4), heads=12, kv_heads=2, expert_width=6)
-    assert str(error.value) == "tp=4 does not divide kv_heads=2, expert_width=6; use tp in [1, 2]"
+        Rules.fit(MeshSpec(tp=5), heads=12, kv_heads=2, expert_width=6)
+    assert str(error.value) == "tp=5 divides none of heads=12, kv_heads=2, expert_width=6; use tp in 1, 2, 3, 4, 6, 12"
 
 
 def test_an_axis_is_split_by_what_it_means():
-    assert partition(None, "slots", "expert_width") == P(None, "ep", "tp")
-    assert partition("ranks") == P(("dp", "ep"))
+    rules = Rules.fit(MeshSpec(tp=2), expert_width=6)
+    assert rules.partition(None, "slots", "expert_width") == P(None, "ep", "tp")
+    assert rules.partition("ranks") == P(("dp", "ep"))
+    assert Rules(MeshSpec.parse("dp=2,ep=4", "dp,ep")).partition("slots") == P(("dp", "ep"))
     with pytest.raises(KeyError):
-        partition("no such meaning")
+        rules.partition("no such meaning")
+    with pytest.raises(ValueError, match="are not among heads, kv_heads"):
+        Rules(split=frozenset({"width"}))

@@ -1,0 +1,74 @@
+"""The same answers on every mesh: the trained models on 1, 2, 4 and 8 devices, however experts and heads are spread."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+import jaxmoe
+from jaxmoe.demo import DEMO_MODELS
+from jaxmoe.errors import ConfigError, MeshError
+from jaxmoe.models.decoder import Execution
+
+SIZES = [each for each in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(each) <= 8]
+LAYOUTS = [(*size, axes) for size in SIZES for axes in ("ep", "dp,ep") if size[0] > 1 or axes == "ep"]
+STRATEGIES = ("auto", "all_to_all", "replicate")
+PROMPT = list(range(5, 45))
+
+
+def load(name, dp, ep, tp, axes, **options):
+    return jaxmoe.load(f"demo:{name}", f"dp={dp},ep={ep},tp={tp}", expert_axes=axes, **options)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Logits of the prompt, and what follows it greedily, on one device."""
+    models = {name: load(name, 1, 1, 1, "ep") for name in DEMO_MODELS}
+    return {name: (model.logits([PROMPT]), model.greedy(PROMPT, 12)) for name, model in models.items()}
+
+
+@pytest.mark.parametrize("name", DEMO_MODELS)
+@pytest.mark.parametrize(("dp", "ep", "tp", "axes"), LAYOUTS)
+def test_every_mesh_gives_the_same_logits_with_redundant_experts_or_not(alone, name, dp, ep, tp, axes):
+    # Strategies and redundant experts in turn, so that each meets many meshes.
+    turn = LAYOUTS.index((dp, ep, tp, axes))
+    execution = Execution(strategy=STRATEGIES[turn % 3])
+    model = load(name, dp, ep, tp, axes, redundant_experts=turn % 4 * 3, execution=execution)
+    logits, expected = model.logits([PROMPT]), alone[name][0]
+    np.testing.assert_array_equal(logits.argmax(-1), expected.argmax(-1))
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+# What is special to each: experts over both axes; more devices than key-value heads, then than heads; a ring of all.
+@pytest.mark.parametrize("name", DEMO_MODELS)
+@pytest.mark.parametrize(
+    ("mesh", "axes", "redundant", "strategy"),
+    [((2, 4, 1), "dp,ep", 3, "auto"), ((1, 2, 4), "ep", 0, "all_to_all"), ((1, 1, 8), "ep", 0, "auto"),
+     ((1, 8, 1), "ep", 5, "replicate")],
+)  # fmt: skip
+def test_generation_is_the_same_token_for_token(alone, name, mesh, axes, redundant, strategy):
+    execution = Execution(strategy=strategy)
+    model = load(name, *mesh, axes, redundant_experts=redundant, execution=execution)
+    assert model.greedy(PROMPT, 12) == alone[name][1]
+
+
+def test_a_model_says_what_a_device_holds_and_what_tp_leaves_whole():
+    said = load("mixtral", 1, 2, 4, "ep", redundant_experts=1).describe()
+    assert said.endswith("on dp=1,ep=2,tp=4, cpu; 5 of 10 expert slots a device, over ep; tp leaves kv_heads whole")
+    assert load("mixtral", 1, 1, 1, "ep").describe().endswith("on dp=1,ep=1, cpu")
+
+
+def test_a_tp_that_divides_nothing_is_told_with_what_would():
+    with pytest.raises(MeshError, match=r"tp=7 divides none of heads=4, vocab=4096, .*; use tp in 1, 2, 3, 4"):
+        load("mixtral", 1, 1, 7, "ep")
+
+
+def test_axes_and_strategies_that_do_not_exist_are_told():
+    with pytest.raises(MeshError, match="expert axes 'tp' are not supported; use ep or dp,ep"):
+        load("mixtral", 1, 1, 1, "tp")
+    with pytest.raises(ConfigError, match="dispatch='scatter' is not one of auto, dense, replicate, all_to_all"):
+        load("mixtral", 1, 1, 1, "ep", execution=Execution(strategy="scatter"))
+    with pytest.raises(ConfigError, match="dispatch='ragged_all_to_all' is not implemented on cpu; use all_to_all"):
+        load("mixtral", 1, 1, 1, "ep", execution=Execution(strategy="ragged_all_to_all"))
+    with pytest.raises(ConfigError, match="redundant_experts=-1 must not be negative"):
+        load("mixtral", 1, 1, 1, "ep", redundant_experts=-1)
