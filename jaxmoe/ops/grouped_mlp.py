@@ -58,14 +58,16 @@ def grouped_mlp(
     if implementation not in get_args(Implementation):
         raise ValueError(f"implementation={implementation!r} is not one of {', '.join(get_args(Implementation))}")
     _, num_slots, width, _, inner = gate_up.shape
-    stacks = (gate_up.reshape(-1, width, 2 * inner), down.reshape(-1, inner, width))
+    down = down.reshape(-1, inner, width)
     static = _Static(activation, weigh_input, num_slots, _tile_rows(expected or slots.size, num_slots))
     offset = jnp.asarray(layer, jnp.int32) * num_slots
     if implementation == "tiles":
-        out = _tiled(x, slots, weights, *stacks, offset, static)
+        out = _tiled(x, slots, weights, gate_up.reshape(-1, width, 2 * inner), down, offset, static)
     else:
         matmul = _ragged_dot if implementation == "ragged_dot" else _megablox
-        out = _sorted(x, slots, weights, *stacks, offset, static, matmul)
+        # On a TPU the two last axes do not merge without a copy: of this layer's weights rather than of all.
+        of_layer = gate_up[layer].reshape(num_slots, width, 2 * inner)
+        out = _sorted(x, slots, weights, of_layer, down, offset, static, matmul)
     return out.astype(x.dtype)
 
 
@@ -203,7 +205,7 @@ def _sorted(
     own = x[rows]
     if static.weigh_input:
         own = own * of_pairs.astype(x.dtype)
-    hidden = swiglu(matmul(own, gate_up, sizes, offset).reshape(order.shape[0], 2, -1), static.activation)
+    hidden = swiglu(matmul(own, gate_up, sizes, jnp.int32(0)).reshape(order.shape[0], 2, -1), static.activation)
     out = matmul(hidden, down, sizes, offset).astype(jnp.float32)
     if not static.weigh_input:
         out = out * of_pairs
