@@ -14,7 +14,7 @@ from jaxmoe.engine.model import Model
 from jaxmoe.models.decoder import RANK_ROWS, Execution
 from jaxmoe.models.kv_cache import make_cache
 from jaxmoe.moe.strategy import Mixture, num_collectives
-from jaxmoe.sharding import Collective, collectives, read_collectives
+from jaxmoe.sharding import Collective, collectives, read_collectives, summarise
 from jaxmoe.sharding.mesh import MeshSpec, make_mesh
 
 BATCH, LENGTH = 2, 12
@@ -138,6 +138,54 @@ def test_collectives_of_any_function_are_told_with_their_axes():
         assert again.axes == ("ep",)
 
 
+def test_a_function_jitted_lowered_or_compiled_has_the_same_collectives():
+    mesh = make_mesh(MeshSpec.parse("dp=2,ep=4"))
+    x = jax.device_put(jnp.zeros((8, 8)), NamedSharding(mesh, P(("dp", "ep"))))
+    by_columns = functools.partial(jax.sharding.reshard, out_shardings=P("dp", "ep"))
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(by_columns).lower(x)
+    expected = [Collective("all-to-all", "f32", 4 * ((1, 1, 1, 2),), 32, ("ep",))]
+    for fn, args in ((by_columns, (x,)), (jax.jit(by_columns), (x,)), (lowered, ()), (lowered.compile(), ())):
+        assert collectives(fn, *args, mesh=mesh) == expected
+    with pytest.raises(TypeError, match="Lowered has its arguments already"):
+        collectives(lowered, x, mesh=mesh)
+
+
+def test_what_stands_in_a_loop_is_marked_however_deep():
+    mesh = make_mesh(MeshSpec.parse("dp=2,ep=4"))
+    spec = P("dp", None)
+
+    def summed(x):
+        def again(x):
+            return jax.lax.cond(x[0, 0] > 0, lambda x: jax.lax.psum(x, "ep"), jnp.cos, x)
+
+        return jax.lax.while_loop(lambda x: jnp.max(x) < 9, again, jax.lax.psum(x, "ep"))
+
+    x = jax.ShapeDtypeStruct((2, 5), jnp.float32, sharding=NamedSharding(mesh, spec))
+    found = collectives(jax.shard_map(summed, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False), x, mesh=mesh)
+    assert {(one.kind, one.axes, one.bytes) for one in found} == {("all-reduce", ("ep",), 20)}
+    assert sorted(one.in_loop for one in found) == [False, True]
+
+
+def test_rounds_are_a_loop_and_one_round_is_none():
+    model = model_on("dp=2,ep=4")
+    for program in ("forward", "decode"):
+        several = mixture_of(model, program).most_rounds > 1
+        looped = {one.in_loop for one in compiled(model, program) if one.kind == "all-to-all"}
+        assert several == (program == "forward")
+        assert looped == {several}
+
+
+def test_a_table_has_one_line_for_equal_collectives():
+    hlo = "%a = (f32[4,8]{1,0}, f32[4,8]{1,0}) all-to-all(%b, %c), replica_groups={{0,1,2,3},{4,5,6,7}}\n"
+    found = read_collectives(2 * hlo + "%d = s32[] all-reduce(%e), replica_groups={{0,3}}", {"dp": 2, "ep": 4})
+    assert summarise(found).splitlines() == [
+        "count  kind        axes  in a loop  bytes  arrays",
+        "    2  all-to-all  ep    no           256  2 x f32[4,8]",
+        "    1  all-reduce  -     no             4  s32[]",
+    ]
+
+
 GROUPS = {
     "replica_groups={{0,1},{2,3},{4,5},{6,7}}": ("tp",),
     "replica_groups={{0,2,1,3},{4,5,6,7}}": ("ep", "tp"),
@@ -150,7 +198,11 @@ GROUPS = {
     "source_target_pairs={{0,2},{2,0},{5,7}}": ("ep",),
     "replica_groups=mesh['dp'=2,'ep'=2,'tp'=2] {'ep'}": ("ep",),
     "replica_groups=mesh['axis_0'=1,'axis_1'=4,'axis_2'=1,'axis_4'=2] {'axis_1'}": ("dp", "ep"),
-    "replica_groups=mesh['axis_0'=8] {'axis_0':(1)4}": (),
+    "replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_1','axis_0'}": ("dp", "ep", "tp"),
+    "replica_groups=mesh['axis_0'=8] {'axis_0':(1)4}": ("dp", "ep"),
+    "replica_groups=mesh['axis_0'=8] {'axis_0':(2)2}": ("ep",),
+    "replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}": ("dp",),
+    "replica_groups=mesh['a'=4,'b'=2], device_ids=(0,4,1,5,2,6,3,7) {'a'}": ("ep", "tp"),
     "channel_id=1": (),
 }
 
