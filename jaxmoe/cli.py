@@ -19,6 +19,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_layout_arguments(parser)
     parser.add_argument(
+        "--kernels",
+        default="auto",
+        choices=("auto", "native", "xla"),
+        help="on a CPU, kernels compiled for it, or XLA's own; auto takes native ones where there is a C++ compiler "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
         "--compile-cache",
         metavar="DIR",
         default=str(COMPILE_CACHE),
@@ -58,6 +65,7 @@ def model_options(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "mesh": args.mesh,
         "dtype": args.dtype,
+        "kernels": args.kernels,
         "expert_axes": args.expert_axes,
         "redundant_experts": args.redundant_experts,
         "execution": Execution(strategy=args.dispatch),

@@ -107,7 +107,7 @@ class Executables:
             context = PagedContext(cache, batch.tables, batch.firsts)
             hidden, written, _ = decoder(batch.tokens, batch.positions, placement, context, model.execution)
             assert written is not None
-            logits = decoder.logits(last_rows(hidden, batch.length, shape))
+            logits = decoder.logits(last_rows(hidden, batch.length, shape), model.execution.kernels)
             return written.cache, logits.astype(jnp.float32), batch.sampling
 
         words = self._on_ranks((packing.words(shape),), jnp.int32)

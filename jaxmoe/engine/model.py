@@ -35,6 +35,7 @@ from jaxmoe.models.registry import family_of
 from jaxmoe.moe.moving import mover, slot_sources
 from jaxmoe.moe.placement import initial_placement, placement_of
 from jaxmoe.moe.strategy import Mixture, Strategy, check_strategy, choose
+from jaxmoe.ops import native
 from jaxmoe.sharding.devices import virtual_devices
 from jaxmoe.sharding.mesh import RANKS, MeshSpec, make_mesh, slots_for
 
@@ -54,6 +55,7 @@ class Model:
     expert_axes: of a mesh given as text: "ep", a copy of the experts for each `dp` coordinate, or "dp,ep", one in all.
     redundant_experts: replicas of experts beyond one of each, in all; rounded up to as many slots on every device.
     dtype: what to compute in: float32, bfloat16 or float16.
+    kernels: "native", compiled here for a CPU, "xla", or "auto": native ones where they can be had.
     progress: called with a stage's name, what is done and what there is in all.
     """
 
@@ -67,6 +69,7 @@ class Model:
         random_weights: str | None = None,
         expert_axes: str = "ep",
         redundant_experts: int = 0,
+        kernels: str = "auto",
     ) -> None:
         if (folder is None) == (random_weights is None):
             raise ConfigError("give either the folder of a checkpoint or a preset for random weights")
@@ -78,7 +81,7 @@ class Model:
         self.name = self.folder.resolve().name if self.folder else f"random:{random_weights}"
         self.dtype = jnp.dtype(DTYPES[dtype])
         self.mesh_spec = MeshSpec.parse(mesh, expert_axes) if isinstance(mesh, str) else mesh
-        native = self.folder is not None and is_native(self.folder)
+        converted = self.folder is not None and is_native(self.folder)
         hf = read_config(self.folder) if self.folder else read_preset(random_weights or "")
         generation = read_generation_config(self.folder) if self.folder else {}
         family = family_of(hf)
@@ -92,7 +95,7 @@ class Model:
         }
         if (
             self.folder
-            and not native
+            and not converted
             and self.config.mtp_layers
             and not has_tensors(self.folder, f"model.layers.{self.config.layers}.")
         ):
@@ -102,7 +105,9 @@ class Model:
         self.rules = rules_for(config, spec)
         virtual_devices(spec.num_devices)
         self.mesh = make_mesh(spec)
-        self.execution = dataclasses.replace(execution, platform=self.mesh.devices.flat[0].platform)
+        platform = self.mesh.devices.flat[0].platform
+        chosen = native.choose(kernels, platform, self.dtype)
+        self.execution = dataclasses.replace(execution, platform=platform, kernels=chosen)
         check_strategy(self.execution.strategy, self.execution.platform)
         slots = slots_for(config.experts, spec, redundant_experts)
         placement = initial_placement(len(config.stacks["moe"]), config.experts, slots)
@@ -145,7 +150,7 @@ class Model:
         return (
             f"{config.model_type} of {self.num_parameters / 1e6:,.1f} M parameters "
             f"({config.experts} experts, {config.experts_per_token} a token) in {self.dtype} on {self.mesh_spec}, "
-            f"{self.mesh.devices.flat[0].device_kind}{self._describe_layout()}"
+            f"{self.mesh.devices.flat[0].device_kind}, {self.execution.kernels} kernels{self._describe_layout()}"
         )
 
     def _describe_layout(self) -> str:
@@ -290,7 +295,8 @@ class Model:
             context = PagedContext(cache, tables, firsts)
             hidden, written, _ = model(tokens, positions, placement, context, self.execution)
             assert written is not None
-            return model.logits(hidden[:, -1:])[:, 0].astype(jnp.float32), written.cache
+            logits = model.logits(hidden[:, -1:], self.execution.kernels)
+            return logits[:, 0].astype(jnp.float32), written.cache
 
         return jax.jit(forward, donate_argnums=2)
 
@@ -300,7 +306,7 @@ class Model:
             model = merge(self.abstract, params)
             hidden, _, _ = model(tokens, positions, placement, None, self.execution)
             hidden, _, _ = model.predict_next(hidden, following, positions, placement, None, self.execution)
-            return model.logits(hidden).astype(jnp.float32)
+            return model.logits(hidden, self.execution.kernels).astype(jnp.float32)
 
         return jax.jit(forward)
 
@@ -309,6 +315,6 @@ class Model:
         def forward(params: Any, placement: Any, tokens: Array, positions: Array) -> Logits:
             model = merge(self.abstract, params)
             hidden, _, _ = model(tokens, positions, placement, None, self.execution)
-            return model.logits(hidden).astype(jnp.float32)
+            return model.logits(hidden, self.execution.kernels).astype(jnp.float32)
 
         return jax.jit(forward)

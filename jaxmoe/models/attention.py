@@ -1,5 +1,6 @@
 """Grouped-query attention, data-parallel over attention ranks and split by heads over `tp`."""
 
+import dataclasses
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import jax
@@ -12,7 +13,8 @@ from jaxmoe.axes import Hidden, Layer, Positions
 from jaxmoe.models import kv_cache
 from jaxmoe.models.config import LayerKind, ModelConfig, TemperatureTuning
 from jaxmoe.models.kv_cache import PagedContext, Pages
-from jaxmoe.ops.attention import attention, causal_mask
+from jaxmoe.ops import paged_attention
+from jaxmoe.ops.linear import Kernels, linear, linear_by_head
 from jaxmoe.ops.norms import rms_norm
 from jaxmoe.ops.rope import cos_sin, rotate
 from jaxmoe.sharding.mesh import RANKS
@@ -43,6 +45,40 @@ class Paging(NamedTuple):
     first: Int[Array, "*R B"]
 
 
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """One layer's parameters among those of all layers, stacked; matrices are used where they lie in their stacks."""
+
+    stacks: dict[str, Array]
+    layer: Int[Array, ""]
+    kernels: Kernels
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.stacks
+
+    def __getitem__(self, name: str) -> Array:
+        """A parameter, copied."""
+        return self.stacks[name][self.layer]
+
+    def project(self, x: Float[Array, "B T K"], *names: str) -> list[Array]:
+        """x times each of these matrices, plus its bias if there is one."""
+        outs = linear(x, [self.stacks[name] for name in names], self.layer, self.kernels)
+        biases = (f"{name}_bias" for name in names)
+        return [out + self[bias] if bias in self else out for out, bias in zip(outs, biases, strict=True)]
+
+    def by_head(
+        self, x: Float[Array, "B T H K"], name: str, columns: slice, transposed: bool = False
+    ) -> Float[Array, "B T H N"]:
+        """Each head times a matrix of its own: see `linear_by_head`."""
+        return linear_by_head(x, self.stacks[name], self.layer, columns, transposed, self.kernels)
+
+    def join(self, heads: Float[Array, "B T H d"]) -> Float[Array, "B T D"]:
+        """The output projection of all heads together, before its bias."""
+        out = self.stacks["out"]
+        flat = heads.reshape(*heads.shape[:2], -1)
+        return linear(flat, [out.reshape(out.shape[0], -1, out.shape[-1])], self.layer, self.kernels)[0]
+
+
 class CachedAttention(nnx.Module):
     """What kinds of attention share: parameters of all layers, stacked, and the passage through the paged cache."""
 
@@ -59,12 +95,26 @@ class CachedAttention(nnx.Module):
         """Of one layer."""
         raise NotImplementedError
 
+    def cache(
+        self,
+        new: tuple[Array, ...],
+        positions: Int[Array, "B T"],
+        cached: Layer,
+        paging: Paging | None,
+        kernels: Kernels,
+    ) -> tuple[Pages, paged_attention.Where]:
+        """What attention reads: the pages, with what is new [B, T, ...] in them, or that alone if there are none."""
+        if paging is None:
+            return tuple(array[None] for array in new), paged_attention.side_by_side(jnp.maximum(positions[:, 0], 0))
+        where = paged_attention.Where(cached, paging.table, paging.first)
+        return paged_attention.write(paging.pages, new, positions, where, kernels), where
+
     def mix(
         self,
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
         kind: LayerKind,
-        weights: dict[str, Array],
+        weights: Weights,
         cached: Layer,
         paging: Paging | None,
     ) -> tuple[Float[Array, "B T D"], Pages]:
@@ -72,7 +122,13 @@ class CachedAttention(nnx.Module):
         raise NotImplementedError
 
     def __call__(
-        self, x: Hidden, positions: Positions, kind: LayerKind, at: Place, context: PagedContext | None
+        self,
+        x: Hidden,
+        positions: Positions,
+        kind: LayerKind,
+        at: Place,
+        context: PagedContext | None,
+        kernels: Kernels = "xla",
     ) -> tuple[Hidden, PagedContext | None]:
         """Attends within the batch's own rows (no context), or writes them to the cache and attends over the pages."""
         stacks = {name: getattr(self, name)[...] for name in self.shapes()}
@@ -81,7 +137,7 @@ class CachedAttention(nnx.Module):
             x: Array, positions: Array, layer: Array, cached: Array, stacks: dict[str, Array], paging: Any
         ) -> tuple[Array, Pages]:
             rows = x.reshape(*positions.shape[1:], x.shape[-1])
-            weights = {name: stack[layer] for name, stack in stacks.items()}
+            weights = Weights(stacks, layer, kernels)
             own = Paging(paging[0], paging[1][0], paging[2][0]) if paging is not None else None
             result, pages = self.mix(rows, positions[0], kind, weights, cached, own)
             result = jax.lax.psum(result, "tp") if "heads" in self.rules.split else result
@@ -141,18 +197,13 @@ class Attention(CachedAttention):
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
         kind: LayerKind,
-        weights: dict[str, Array],
+        weights: Weights,
         cached: Layer,
         paging: Paging | None,
     ) -> tuple[Float[Array, "B T D"], Pages]:
         """See CachedAttention."""
         config = self.config
-
-        def project(name: str) -> Array:
-            out = jnp.einsum("btd,dhk->bthk", x, weights[name])
-            return out + weights[f"{name}_bias"] if f"{name}_bias" in weights else out
-
-        query, key, value = project("query"), project("key"), project("value")
+        query, key, value = weights.project(x, "query", "key", "value")
         if kind.rope:
             cos, sin = cos_sin(config.rope, config.head_dim, jnp.maximum(positions, 0), x.dtype)
             query, key = (rotate(heads, cos, sin, config.rope_interleaved) for heads in (query, key))
@@ -160,22 +211,21 @@ class Attention(CachedAttention):
                 query, key = (rms_norm(heads, None, config.norm_eps) for heads in (query, key))
         elif config.temperature is not None:
             query = query * _temperature(config.temperature, positions)[:, :, None, None].astype(query.dtype)
-        key_positions = positions
-        pages: Pages = ()
-        if paging is not None:
-            pages = tuple(
-                kv_cache.write(old, cached, new, positions, paging.table, paging.first)
-                for old, new in zip(paging.pages, (key, value), strict=True)
-            )
-            key, value = (kv_cache.read(stored, cached, paging.table).astype(x.dtype) for stored in pages)
-            key_positions = kv_cache.positions_of(paging.table, paging.first, pages[0].shape[2])
+        # More devices than key-value heads: all of these are on each, and its query heads meet one of them.
+        shares = "kv_heads" not in self.rules.split and self.rules.parts("heads") > 1
+        own = jax.lax.axis_index("tp") * config.kv_heads // self.rules.parts("heads") if shares else None
+        pages, where = self.cache((key, value), positions, cached, paging, weights.kernels)
+        how = (config.score_scale, kind.span, config.head_dim)
         if "kv_heads" not in self.rules.split and self.rules.parts("heads") > 1:
             # More devices than key-value heads: all of these are on each, and its query heads meet one of them.
             own = jax.lax.axis_index("tp") * config.kv_heads // self.rules.parts("heads")
-            key, value = (jax.lax.dynamic_slice_in_dim(heads, own, 1, axis=2) for heads in (key, value))
-        mask = causal_mask(positions, key_positions, kind.span)
-        mixed = attention(query, key, value, mask, config.score_scale)
-        return jnp.einsum("bthk,hkd->btd", mixed, weights["out"]), pages
+            # Only the pages that the tables name: a slice of the cache itself would be a copy of all of it.
+            read = [paged_attention.read(array, where) for array in pages]
+            pair = tuple(jax.lax.dynamic_slice_in_dim(array, own, 1, axis=2)[None] for array in read)
+            mixed = paged_attention.attend(query, positions, pair, paged_attention.side_by_side(where.first), *how)
+        else:
+            mixed = paged_attention.attend(query, positions, pages, where, *how, weights.kernels)
+        return weights.join(mixed), pages if paging is not None else ()
 
 
 def _temperature(tuning: TemperatureTuning, positions: Int[Array, "B T"]) -> Float[Array, "B T"]:

@@ -22,6 +22,7 @@ from jaxmoe.moe.dispatch import mixture
 from jaxmoe.moe.experts import Experts
 from jaxmoe.moe.placement import Placement, choose_slots
 from jaxmoe.moe.routing import Routing
+from jaxmoe.ops.linear import Kernels, linear, linear_by_head
 from jaxmoe.ops.norms import rms_norm
 from jaxmoe.sharding.rules import Rules
 
@@ -34,6 +35,7 @@ class Execution:
     """How the same mathematics is laid out in a compiled program; never changes a token.
 
     strategy, capacity_factor, platform: see `moe.dispatch.mixture`.
+    kernels: of linear layers, experts and attention (`implementation` of these ops): "xla", or on a CPU "native".
     unroll: write the layers out instead of scanning over them. Steps are equally fast on a CPU and programs three times
         longer to compile, so only training (whose gradients would pass through the scan) asks for it.
     """
@@ -41,6 +43,7 @@ class Execution:
     strategy: str = "auto"
     capacity_factor: float = 2.0
     platform: str = "cpu"
+    kernels: Kernels = "xla"
     unroll: bool = False
 
 
@@ -75,12 +78,11 @@ class Decoder(nnx.Module):
 
     def route(
         self,
-        x: Float[Array, "N D"],
-        router: Float[Array, "D E"],
+        logits: Float[Array, "N E"],
         bias: Float[Array, "E"] | None,
         valid: Bool[Array, "N"],
-    ) -> tuple[Float[Array, "N E"], Routing]:
-        """The router's logits and its choice, on one rank."""
+    ) -> Routing:
+        """What the router chooses on one rank. logits: in `router_dtype`, or the model's."""
         raise NotImplementedError
 
     def __init__(
@@ -92,7 +94,7 @@ class Decoder(nnx.Module):
         rules: Rules = Rules(),  # noqa: B008 - frozen
     ) -> None:
         self.config, self.rules = config, rules
-        self.vocab_partition = rules.partition("vocab", None)
+        self.vocab_partition, self.head_partition = rules.partition("vocab", None), rules.partition(None, "vocab")
         width = config.width
         layers, mixtures, dense, mtp = (len(config.stacks[name]) for name in ("all", "moe", "dense", "mtp"))
 
@@ -124,7 +126,7 @@ class Decoder(nnx.Module):
                 self.shared = feed_forward(mixtures, config.shared_width, "shared_width")
         self.norm = ones(width)
         if not config.tie_embeddings:
-            self.lm_head = normal((config.vocab_size, width), width**-0.5, self.vocab_partition)
+            self.lm_head = normal((width, config.vocab_size), width**-0.5, self.head_partition)
         if mtp:
             self.mtp = NextTokens(mtp, width, dtype, rngs)
 
@@ -244,20 +246,20 @@ class Decoder(nnx.Module):
         routed = None
         with jax.named_scope("layer"):
             normed = self._norm(x, self.attention_norm[place.layer])
-            attended, context = self.attention(normed, positions, kind, place, context)
+            attended, context = self.attention(normed, positions, kind, place, context, execution.kernels)
             x = x + attended
             normed = self._norm(x, self.feed_forward_norm[place.layer])
             if kind.moe:
                 mixed, routed = self._mixture(normed, positions, place.feed_forward, placement, execution)
                 x = x + mixed
             else:
-                x = x + self.dense(normed, place.feed_forward)
+                x = x + self.dense(normed, place.feed_forward, execution.kernels)
         return x, context, routed
 
     def _mixture(
         self, x: Hidden, positions: Positions, layer: Layer, placement: Placement, execution: Execution
     ) -> tuple[Hidden, Routed]:
-        logits, experts, weights, slots = self._route(x, positions, layer, placement)
+        logits, experts, weights, slots = self._route(x, positions, layer, placement, execution.kernels)
         mixed = mixture(
             x,
             slots,
@@ -268,21 +270,27 @@ class Decoder(nnx.Module):
             execution.capacity_factor,
             self.weigh_input,
             execution.platform,
+            execution.kernels,
         )
         if self.config.shared_width:
-            mixed = mixed + self.shared(x, layer)
+            mixed = mixed + self.shared(x, layer, execution.kernels)
         return mixed, Routed(logits, experts)
 
-    def logits(self, hidden: Hidden) -> Logits:
+    def logits(self, hidden: Hidden, kernels: Kernels = "xla") -> Logits:
         """Next-token logits in the dtype of `hidden`, the whole vocabulary on every device of a rank."""
-        table = self.embed if self.config.tie_embeddings else self.lm_head
+        tied = self.config.tie_embeddings
+        table, partition = (self.embed, self.vocab_partition) if tied else (self.lm_head, self.head_partition)
 
         def local(hidden: Array, table: Array) -> Array:
-            part = jnp.einsum("rnd,vd->rnv", hidden, table)
+            if tied:
+                stack = table[None, :, None]
+                part = linear_by_head(hidden[:, :, None], stack, transposed=True, implementation=kernels)[:, :, 0]
+            else:
+                (part,) = linear(hidden, [table[None]], implementation=kernels)
             return jax.lax.all_gather(part, "tp", axis=2, tiled=True) if "vocab" in self.rules.split else part
 
         with jax.named_scope("logits"):
-            run = jax.shard_map(local, in_specs=(RANK_ROWS, self.vocab_partition), out_specs=RANK_ROWS, check_vma=False)
+            run = jax.shard_map(local, in_specs=(RANK_ROWS, partition), out_specs=RANK_ROWS, check_vma=False)
             return run(hidden, table[...])
 
     def _embed(self, tokens: Tokens) -> Hidden:
@@ -302,12 +310,15 @@ class Decoder(nnx.Module):
     def _norm(self, x: Hidden, weight: Float[Array, "D"]) -> Hidden:
         return rms_norm(x, weight, self.config.norm_eps)
 
-    def _route(self, x: Hidden, positions: Positions, layer: Layer, placement: Placement) -> tuple[Array, ...]:
+    def _route(
+        self, x: Hidden, positions: Positions, layer: Layer, placement: Placement, kernels: Kernels
+    ) -> tuple[Array, ...]:
         def local(
             x: Array, positions: Array, layer: Array, router: Array, bias: Array | None, placement: Placement
         ) -> tuple[Array, ...]:
             of_layer = None if bias is None else bias[layer]
-            logits, (experts, weights) = self.route(x[0], router[layer], of_layer, positions.reshape(-1) >= 0)
+            (logits,) = linear(x[0].astype(router.dtype), [router], layer, kernels)
+            experts, weights = self.route(logits, of_layer, positions.reshape(-1) >= 0)
             slots = choose_slots(experts, placement.replica_slots[layer], placement.replica_count[layer])
             return logits[None], experts[None], weights[None], slots[None]
 

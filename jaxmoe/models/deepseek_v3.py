@@ -147,17 +147,15 @@ class DeepseekV3(Decoder):
 
     def route(
         self,
-        x: Float[Array, "N D"],
-        router: Float[Array, "D E"],
+        logits: Float[Array, "N E"],
         bias: Float[Array, "E"] | None,
         valid: Bool[Array, "N"],
-    ) -> tuple[Float[Array, "N E"], Routing]:
-        """All in float32."""
+    ) -> Routing:
+        """See Decoder."""
         config, groups = self.config, self.config.groups
         assert groups is not None
         assert bias is not None
-        logits = x.astype(jnp.float32) @ router
-        routing = sigmoid_group_top_k(
+        return sigmoid_group_top_k(
             logits,
             bias,
             config.experts_per_token,
@@ -167,7 +165,6 @@ class DeepseekV3(Decoder):
             groups.scale,
             valid,
         )
-        return logits, routing
 
 
 def _check_groups(groups: GroupRouting, experts: int, per_token: int) -> None:

@@ -7,7 +7,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from jaxmoe.axes import Hidden, Layer
-from jaxmoe.ops.gating import swiglu
+from jaxmoe.ops.grouped_mlp import gated_mlp
+from jaxmoe.ops.linear import Kernels
 from jaxmoe.sharding.mesh import RANKS
 from jaxmoe.sharding.rules import Rules
 
@@ -39,10 +40,9 @@ class FeedForward(nnx.Module):
         self.gate_up = normal((layers, width, 2, inner), width**-0.5, self.gate_up_partition)
         self.down = normal((layers, inner, width), (2 * depth * inner) ** -0.5, self.down_partition)
 
-    def __call__(self, x: Hidden, layer: Layer) -> Hidden:
+    def __call__(self, x: Hidden, layer: Layer, kernels: Kernels = "xla") -> Hidden:
         def local(x: Array, layer: Array, gate_up: Array, down: Array) -> Array:
-            hidden = swiglu(jnp.einsum("rnd,dtf->rntf", x, gate_up[layer]), self.activation)
-            out = jnp.einsum("rnf,fd->rnd", hidden, down[layer])
+            out = gated_mlp(x[0], gate_up, down, layer, self.activation, kernels)[None]
             return jax.lax.psum(out, "tp") if self.is_split else out
 
         ranks = P(RANKS, None, None)

@@ -120,7 +120,7 @@ SKELETON: Keys = {
     "attention_norm": Key(LAYER + "input_layernorm.weight", "D"),
     "feed_forward_norm": Key(LAYER + "post_attention_layernorm.weight", "D"),
     "norm": Key("model.norm.weight", "D"),
-    "lm_head": Key("lm_head.weight", "V D"),
+    "lm_head": Key("lm_head.weight", "V D -> D V"),
 }
 GROUPED_QUERY: Keys = {
     "attention.query": Key(LAYER + "self_attn.q_proj.weight", "(H d) D -> D H d"),

@@ -16,7 +16,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from jaxmoe.axes import Layer
 from jaxmoe.models.config import ModelConfig
 from jaxmoe.sharding.rules import Rules
 from jaxmoe.spans import Span
@@ -98,32 +97,3 @@ def bytes_per_page(config: ModelConfig, group: int, page_size: int, dtype: jnp.d
     numbers = sum(math.prod(vector) for vector in cache_vectors(config))
     split = 1 if config.latent is not None else rules.parts("kv_heads")
     return len(config.layers_of(config.spans[group])) * page_size * numbers // split * jnp.dtype(dtype).itemsize
-
-
-def write(
-    pages: Float[Array, "L P page *vector"],
-    layer: Layer,
-    new: Float[Array, "B T *vector"],
-    positions: Int[Array, "B T"],
-    table: Int[Array, "B pages"],
-    first: Int[Array, "B"],
-) -> Float[Array, "L P page *vector"]:
-    """Puts every token's vector in its place on one rank. Padding (position -1) is written nowhere."""
-    page_size = pages.shape[2]
-    page = jnp.take_along_axis(table, jnp.maximum(positions - first[:, None], 0) // page_size, axis=1)
-    page = jnp.where(positions < 0, pages.shape[1], page)
-    return pages.at[layer, page, positions % page_size].set(new.astype(pages.dtype), mode="drop")
-
-
-def read(
-    pages: Float[Array, "L P page *vector"], layer: Layer, table: Int[Array, "B pages"]
-) -> Float[Array, "B Tk *vector"]:
-    """The whole context that the table names, in order of position."""
-    gathered = pages[layer, table]
-    batch, count, page_size, *vector = gathered.shape
-    return gathered.reshape(batch, count * page_size, *vector)
-
-
-def positions_of(table: Int[Array, "B pages"], first: Int[Array, "B"], page_size: int) -> Int[Array, "B Tk"]:
-    """The position of every token that `read` returns."""
-    return first[:, None] + jnp.arange(table.shape[1] * page_size)

@@ -11,12 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.axes import Layer
-from jaxmoe.models import kv_cache
-from jaxmoe.models.attention import CachedAttention, Paging, Shapes
+from jaxmoe.models.attention import CachedAttention, Paging, Shapes, Weights
 from jaxmoe.models.config import LatentAttention as Dims
 from jaxmoe.models.config import LayerKind
 from jaxmoe.models.kv_cache import Pages
-from jaxmoe.ops.attention import attention, causal_mask
+from jaxmoe.ops import paged_attention
 from jaxmoe.ops.norms import rms_norm
 from jaxmoe.ops.rope import cos_sin, rotate
 
@@ -78,36 +77,40 @@ class LatentAttention(CachedAttention):
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
         kind: LayerKind,
-        weights: dict[str, Array],
+        weights: Weights,
         cached: Layer,
         paging: Paging | None,
     ) -> tuple[Float[Array, "B T D"], Pages]:
         """See CachedAttention."""
         config, rank, nope = self.config, self.dims.kv_lora_rank, self.dims.nope_dim
         if self.dims.q_lora_rank is None:
-            query = jnp.einsum("btd,dhk->bthk", x, weights["query"])
+            query, both = weights.project(x, "query", "latent")
         else:
-            low = jnp.einsum("btd,dr->btr", x, weights["query_a"]) + weights.get("query_a_bias", 0)
-            low = rms_norm(low, weights["query_norm"], NORM_EPS)
-            query = jnp.einsum("btr,rhk->bthk", low, weights["query_b"])
-        both = jnp.einsum("btd,dr->btr", x, weights["latent"]) + weights.get("latent_bias", 0)
+            low, both = weights.project(x, "query_a", "latent")
+            (query,) = weights.project(rms_norm(low, weights["query_norm"], NORM_EPS), "query_b")
         latent = rms_norm(both[..., :rank], weights["latent_norm"], NORM_EPS)
         cos, sin = cos_sin(config.rope, config.head_dim, jnp.maximum(positions, 0), x.dtype)
         query_rope = rotate(query[..., nope:], cos, sin, config.rope_interleaved)
         key_rope = rotate(both[:, :, None, rank:], cos, sin, config.rope_interleaved)[:, :, 0]
         entries = jnp.concatenate([latent, key_rope], axis=-1)
-        key_positions = positions
-        pages: Pages = ()
-        if paging is not None:
-            pages = (kv_cache.write(paging.pages[0], cached, entries, positions, paging.table, paging.first),)
-            entries = kv_cache.read(pages[0], cached, paging.table).astype(x.dtype)
-            key_positions = kv_cache.positions_of(paging.table, paging.first, pages[0].shape[2])
-        mask = causal_mask(positions, key_positions, kind.span)
-        attend = _absorbed if absorbs(self.dims, x.shape[1], entries.shape[1]) else _expanded
-        mixed = attend(
-            query[..., :nope], query_rope, entries, weights["key_value"], mask, config.score_scale, self.dims
-        )
-        return jnp.einsum("bthv,hvd->btd", mixed, weights["out"]), pages
+        pages, where = self.cache((entries,), positions, cached, paging, weights.kernels)
+        (held,) = pages
+        num_keys = where.table.shape[1] * held.shape[2]
+        if absorbs(self.dims, x.shape[1], num_keys):
+            to_latent = weights.by_head(query[..., :nope], "key_value", slice(nope), transposed=True)
+            whole = jnp.concatenate([to_latent, query_rope], axis=-1)
+            pages_of_one = (held[:, :, :, None],)
+            mixed = paged_attention.attend(
+                whole, positions, pages_of_one, where, config.score_scale, kind.span, rank, weights.kernels
+            )
+            mixed = weights.by_head(mixed, "key_value", slice(nope, None))
+        else:
+            whole = jnp.concatenate([query[..., :nope], query_rope], axis=-1)
+            mixed = paged_attention.attend_latent(
+                whole, positions, held, where, weights.stacks["key_value"], weights.layer, config.score_scale,
+                kind.span, self.dims.value_dim, weights.kernels,
+            )  # fmt: skip
+        return weights.join(mixed), pages if paging is not None else ()
 
 
 def absorbs(dims: Dims, queries: int, keys: int) -> bool:
@@ -120,23 +123,3 @@ def absorbs(dims: Dims, queries: int, keys: int) -> bool:
     absorbed = queries * keys * (2 * dims.kv_lora_rank + dims.rope_dim) + queries * dims.kv_lora_rank * made
     expanded = queries * keys * (made + dims.rope_dim) + keys * dims.kv_lora_rank * made
     return absorbed <= expanded
-
-
-def _absorbed(
-    query: Array, query_rope: Array, entries: Array, key_value: Array, mask: Array, scale: float, dims: Dims
-) -> Float[Array, "B T H dv"]:
-    to_latent = jnp.einsum("bthn,rhn->bthr", query, key_value[..., : dims.nope_dim])
-    whole = jnp.concatenate([to_latent, query_rope], axis=-1)
-    shared = entries[:, :, None]
-    mixed = attention(whole, shared, shared[..., : dims.kv_lora_rank], mask, scale)
-    return jnp.einsum("bthr,rhv->bthv", mixed, key_value[..., dims.nope_dim :])
-
-
-def _expanded(
-    query: Array, query_rope: Array, entries: Array, key_value: Array, mask: Array, scale: float, dims: Dims
-) -> Float[Array, "B T H dv"]:
-    made = jnp.einsum("bsr,rhk->bshk", entries[..., : dims.kv_lora_rank], key_value)
-    rope = jnp.broadcast_to(entries[:, :, None, dims.kv_lora_rank :], (*made.shape[:3], dims.rope_dim))
-    key = jnp.concatenate([made[..., : dims.nope_dim], rope], axis=-1)
-    whole = jnp.concatenate([query, query_rope], axis=-1)
-    return attention(whole, key, made[..., dims.nope_dim :], mask, scale)

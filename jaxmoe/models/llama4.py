@@ -96,14 +96,12 @@ class Llama4(Decoder):
 
     def route(
         self,
-        x: Float[Array, "N D"],
-        router: Float[Array, "D E"],
+        logits: Float[Array, "N E"],
         bias: Float[Array, "E"] | None,
         valid: Bool[Array, "N"],
-    ) -> tuple[Float[Array, "N E"], Routing]:
-        """Logits in the model's dtype."""
-        logits = x @ router
-        return logits, top_k_sigmoid(logits, self.config.experts_per_token, valid)
+    ) -> Routing:
+        """See Decoder."""
+        return top_k_sigmoid(logits, self.config.experts_per_token, valid)
 
 
 def _tied(hf: Mapping[str, Any], fields: Fields) -> bool:

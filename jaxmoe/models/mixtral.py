@@ -73,11 +73,9 @@ class Mixtral(Decoder):
 
     def route(
         self,
-        x: Float[Array, "N D"],
-        router: Float[Array, "D E"],
+        logits: Float[Array, "N E"],
         bias: Float[Array, "E"] | None,
         valid: Bool[Array, "N"],
-    ) -> tuple[Float[Array, "N E"], Routing]:
-        """Logits in the model's dtype."""
-        logits = x @ router
-        return logits, softmax_top_k(logits, self.config.experts_per_token, valid)
+    ) -> Routing:
+        """See Decoder."""
+        return softmax_top_k(logits, self.config.experts_per_token, valid)

@@ -26,6 +26,7 @@ from jaxmoe.moe.experts import Experts
 from jaxmoe.moe.strategy import Mixture, choose
 from jaxmoe.ops.gating import swiglu
 from jaxmoe.ops.grouped_mlp import grouped_mlp, implementation_for
+from jaxmoe.ops.linear import Kernels
 from jaxmoe.sharding.mesh import RANKS
 from jaxmoe.sharding.words import from_words, to_words
 
@@ -42,11 +43,13 @@ def mixture(
     capacity_factor: float = 2.0,
     weigh_input: bool = False,
     platform: str = "cpu",
+    kernels: Kernels = "xla",
 ) -> Hidden:
     """sum_k weights[k] * expert[slots[k]](x), summed in float32 and cast to x's dtype.
 
     Slot -1 adds nothing. weigh_input: the weight is on the expert's input instead, expert[slots[k]](weights[k] * x).
-    platform: what the program is compiled for, by JAX's name: "cpu", "gpu" or "tpu".
+    platform: what the program is compiled for, by JAX's name: "cpu", "gpu" or "tpu". kernels: "native" runs local
+    experts by `ops/native.py`, "xla" by what suits the platform.
     """
     rules = experts.rules
     _, tokens, width = x.shape
@@ -57,7 +60,7 @@ def mixture(
         grouped_mlp,
         activation=experts.activation,
         weigh_input=weigh_input,
-        implementation=implementation_for(platform),
+        implementation="native" if kernels == "native" else implementation_for(platform),
         expected=shape.tokens * shape.choices,
     )
     with jax.named_scope("moe"):

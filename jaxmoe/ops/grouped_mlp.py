@@ -7,6 +7,7 @@
   arrays are. Any backend; the default on a CPU.
 * "ragged_dot": sorts the rows and calls `jax.lax.ragged_dot`: the reference, and the default on a GPU. XLA computes all
   MLPs on a CPU.
+* "native": `ops/native.py`, by kernels for a CPU; touches what "tiles" does.
 * "megablox": sorts the rows and calls the grouped matmul kernel for TPUs that comes with JAX (Pallas); the default
   there. Elsewhere it is interpreted, which only tests want.
 """
@@ -19,9 +20,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxmoe.ops import native
 from jaxmoe.ops.gating import swiglu
+from jaxmoe.ops.linear import Kernels
 
-Implementation = Literal["tiles", "ragged_dot", "megablox"]
+Implementation = Literal["tiles", "native", "ragged_dot", "megablox"]
 MAX_TILE_ROWS = 512
 KERNEL_ROWS = 128  # of a tile of the Pallas kernel, which divides its rows
 
@@ -57,6 +60,8 @@ def grouped_mlp(
     """
     if implementation not in get_args(Implementation):
         raise ValueError(f"implementation={implementation!r} is not one of {', '.join(get_args(Implementation))}")
+    if implementation == "native":
+        return native.grouped_mlp(x, slots, weights, gate_up, down, layer, activation, weigh_input)
     _, num_slots, width, _, inner = gate_up.shape
     down = down.reshape(-1, inner, width)
     static = _Static(activation, weigh_input, num_slots, _tile_rows(expected or slots.size, num_slots))
@@ -69,6 +74,22 @@ def grouped_mlp(
         of_layer = gate_up[layer].reshape(num_slots, width, 2 * inner)
         out = _sorted(x, slots, weights, of_layer, down, offset, static, matmul)
     return out.astype(x.dtype)
+
+
+def gated_mlp(
+    x: Float[Array, "N D"],
+    gate_up: Float[Array, "L D two F"],
+    down: Float[Array, "L F D"],
+    layer: int | Int[Array, ""],
+    activation: str,
+    implementation: Kernels = "xla",
+) -> Float[Array, "N D"]:
+    """One MLP for all rows: the layer's of a stack. gate_up and down as in `grouped_mlp`."""
+    if implementation == "native":
+        alone = jnp.zeros((x.shape[0], 1), jnp.int32), jnp.ones((x.shape[0], 1), jnp.float32)
+        return native.grouped_mlp(x, *alone, gate_up[:, None], down[:, None], layer, activation, weigh_input=False)
+    hidden = swiglu(jnp.tensordot(x, gate_up[layer], 1), activation)
+    return hidden @ down[layer]
 
 
 class _Static(NamedTuple):

@@ -1,0 +1,45 @@
+"""Rows times one layer's matrix of a stack. `implementation`: "xla", or "native" on a CPU (`ops/native.py`)."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxmoe.ops import native
+
+# Of every op that has kernels of its own: "native" is `ops/native.py`, "xla" works anywhere.
+Kernels = Literal["xla", "native"]
+
+
+def linear(
+    x: Float[Array, "*rows K"],
+    stacks: Sequence[Float[Array, "_L K *_N"]],
+    layer: int | Int[Array, ""] = 0,
+    implementation: Kernels = "xla",
+) -> list[Array]:
+    """x meets the layer's matrix of each stack: [*rows, *N] for each, in x's dtype, summed in float32.
+
+    Stacks are indexed within, so that "native" copies no layer; and all of them in one call.
+    """
+    if implementation == "native":
+        return native.linear(x, stacks, layer)
+    return [jnp.tensordot(x, stack[layer], 1) for stack in stacks]
+
+
+def linear_by_head(
+    x: Float[Array, "*rows H K"],
+    stack: Float[Array, "_L R H W"],
+    layer: int | Int[Array, ""] = 0,
+    columns: slice = slice(None),
+    transposed: bool = False,
+    implementation: Kernels = "xla",
+) -> Float[Array, "*rows H N"]:
+    """Each head of x meets a matrix of its own: some `columns` of W, and all of R.
+
+    The sum goes over R (K = R) and N are the columns; transposed, it goes over the columns (K) and N = R.
+    """
+    if implementation == "native":
+        return native.linear_by_head(x, stack, layer, columns, transposed)
+    matrices = stack[layer][..., columns]
+    return jnp.einsum("...hw,rhw->...hr" if transposed else "...hr,rhw->...hw", x, matrices)

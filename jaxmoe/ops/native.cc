@@ -1,0 +1,1024 @@
+// The step's heavy operations for a CPU: linear layers, gated MLPs of a mixture, and attention over paged caches.
+//
+// XLA:CPU multiplies few rows slowly, computes every group of a ragged_dot, copies a stack's slice before it multiplies
+// by it, and gathers whole contexts. Here weights are read once, where they lie, and only those that some row names;
+// keys and values are read where they lie, and only those that some query sees.
+//
+// Every number is the result of the same operations in the same order whatever else is in the batch, however rows are
+// tiled and whichever thread computes them: a product is summed over its depth from first to last with fused
+// multiply-adds, and attention goes over blocks of keys that begin at fixed positions. So results do not depend, to the
+// bit, on batch, chunking or the number of threads.
+//
+// Vectors are GCC's and clang's vector extensions: one source for AVX-512, AVX2 and NEON.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+
+// kTileRows x kPanel sums stay in registers beside a row of the panel; kDepth x kPanel weights do in Stream.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kTileRows = 12, kDepth = 8;
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kTileRows = 6, kDepth = 4;
+#else
+constexpr int kLanes = 4, kTileRows = 10, kDepth = 8;
+#endif
+constexpr int kPanel = 2 * kLanes;
+constexpr int kBlockCols = 128;  // of a packed block, and of what one task computes of many rows
+constexpr int kBlockDepth = 512;
+constexpr int kChunkRows = 192;   // of one task; a multiple of every kTileRows but NEON's
+constexpr int kStreamRows = 24;   // up to so many rows weights are not worth packing
+constexpr int kKeyBlock = 64;     // keys that attention takes at once; a multiple of it begins a block
+constexpr int kQueryCols = 64;    // queries that one task of attention takes at once
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef float VecU __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef int32_t IVec __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t UVec __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t HalfU __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+
+struct Bf16 {
+  uint16_t bits;
+};
+
+inline float Widen(float value) { return value; }
+inline float Widen(Bf16 value) {
+  uint32_t bits = uint32_t{value.bits} << 16;
+  float wide;
+  std::memcpy(&wide, &bits, 4);
+  return wide;
+}
+inline void Narrow(float value, float* out) { *out = value; }
+inline void Narrow(float value, Bf16* out) {  // to the nearest, even on ties, as XLA rounds
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  out->bits = std::isnan(value) ? 0x7FC0 : (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+}
+
+inline Vec Splat(float value) { return value - Vec{}; }
+inline Vec Load(const float* from) { return *reinterpret_cast<const VecU*>(from); }
+inline Vec Load(const Bf16* from) {
+  UVec wide = __builtin_convertvector(*reinterpret_cast<const HalfU*>(from), UVec) << 16;
+  return (Vec)wide;
+}
+inline void Store(Vec value, float* to) { *reinterpret_cast<VecU*>(to) = value; }
+inline Vec Max(Vec a, Vec b) { return a > b ? a : b; }
+
+// e^x to 2 units in the last place; 0 for x below -87, where results would be denormal.
+inline Vec Exp(Vec x) {
+  const Vec magic = Splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+  Vec bounded = x > Splat(88.0f) ? Splat(88.0f) : x;
+  bounded = bounded < Splat(-87.0f) ? Splat(-87.0f) : bounded;
+  Vec n = bounded * 1.44269504f + magic;
+  IVec exponent = ((IVec)n - (IVec)magic + 127) << 23;
+  n = n - magic;
+  Vec r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
+  Vec p = Splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  Vec result = p * (Vec)exponent;
+  return x < Splat(-87.0f) ? Vec{} : result;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+struct Free {
+  void operator()(float* memory) const { std::free(memory); }
+};
+
+// Memory that outlives a call, because the pages of fresh memory cost more to touch than many calls cost to compute.
+class Scratch {
+ public:
+  explicit Scratch(size_t floats) : size_(std::max<size_t>(floats, 1)) {
+    std::lock_guard<std::mutex> lock(Mutex());
+    auto& spare = Spare();
+    auto fits = std::find_if(spare.begin(), spare.end(), [&](const Block& block) { return block.second >= size_; });
+    if (fits != spare.end()) {
+      block_ = std::move(*fits);
+      spare.erase(fits);
+    } else {
+      size_t bytes = (size_ * sizeof(float) + 4095) / 4096 * 4096;
+      block_ = {std::unique_ptr<float, Free>(static_cast<float*>(std::aligned_alloc(4096, bytes))), bytes / 4};
+    }
+  }
+  ~Scratch() {
+    std::lock_guard<std::mutex> lock(Mutex());
+    auto& spare = Spare();
+    spare.push_back(std::move(block_));
+    std::sort(spare.begin(), spare.end(), [](const Block& a, const Block& b) { return a.second < b.second; });
+    if (spare.size() > 64) spare.erase(spare.begin());
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  float* get() { return block_.first.get(); }
+
+ private:
+  using Block = std::pair<std::unique_ptr<float, Free>, size_t>;
+  static std::mutex& Mutex() {
+    static std::mutex* mutex = new std::mutex;
+    return *mutex;
+  }
+  static std::vector<Block>& Spare() {
+    static auto* spare = new std::vector<Block>;
+    return *spare;
+  }
+  size_t size_;
+  Block block_;
+};
+
+float* Local(size_t floats, int which) {  // of this thread, for one task
+  static thread_local std::vector<float> buffers[3];
+  std::vector<float>& buffer = buffers[which];
+  if (buffer.size() < floats + kLanes) buffer.resize(floats + kLanes);
+  auto address = reinterpret_cast<uintptr_t>(buffer.data());
+  return reinterpret_cast<float*>((address + 63) / 64 * 64);
+}
+
+// Spreads tasks over XLA's own threads. The caller works too and waits for nothing but tasks that a thread is at work
+// on, so that callers on every thread of the pool, as with many virtual devices, cannot wait for each other.
+class Team {
+ public:
+  explicit Team(ffi::ThreadPool& pool) : pool_(pool) { Active().fetch_add(1); }
+  ~Team() { Active().fetch_sub(1); }
+
+  // Cores that are not busy with other calls, this thread's included.
+  int size() const {
+    static const int cores = std::max(1u, std::thread::hardware_concurrency());
+    return std::max(1, std::min<int>(cores - Active().load() + 1, pool_.num_threads()));
+  }
+
+  template <typename Task>
+  void Run(int64_t tasks, const Task& task) {
+    int helpers = static_cast<int>(std::min<int64_t>(size(), tasks)) - 1;
+    if (helpers <= 0) {
+      for (int64_t i = 0; i < tasks; ++i) task(i);
+      return;
+    }
+    struct Shared {
+      std::atomic<int64_t> next{0}, done{0};
+      int64_t tasks;
+      const Task* task;
+      void Work() {
+        for (int64_t i; (i = next.fetch_add(1)) < tasks; done.fetch_add(1)) (*task)(i);
+      }
+    };
+    auto shared = std::make_shared<Shared>();
+    shared->tasks = tasks;
+    shared->task = &task;
+    for (int i = 0; i < helpers; ++i) pool_.Schedule([shared] { shared->Work(); });
+    shared->Work();
+    for (int spins = 0; shared->done.load() < tasks; ++spins) {
+      if (spins > 2000) std::this_thread::yield();
+    }
+  }
+
+ private:
+  static std::atomic<int>& Active() {
+    static std::atomic<int> active{0};
+    return active;
+  }
+  ffi::ThreadPool& pool_;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// y[m, n] += sum_k x[m, k] w[k, n]
+
+// D rows of w at a time against every row of x: weights come once, in order, from memory; sums wait in the first cache.
+template <int D, typename W>
+inline void StreamRows(const float* x, ptrdiff_t ldx, int rows, const W* w, ptrdiff_t ldw, int cols, float* y,
+                       ptrdiff_t ldy) {
+  int c = 0;
+  for (; c + kPanel <= cols; c += kPanel) {
+    Vec first[D], second[D];
+    for (int d = 0; d < D; ++d) {
+      first[d] = Load(w + d * ldw + c);
+      second[d] = Load(w + d * ldw + c + kLanes);
+      __builtin_prefetch(w + (d + D) * ldw + c);
+      if (sizeof(W) == 4) __builtin_prefetch(w + (d + D) * ldw + c + kLanes);
+    }
+    for (int m = 0; m < rows; ++m) {
+      Vec left = Load(y + m * ldy + c), right = Load(y + m * ldy + c + kLanes);
+      for (int d = 0; d < D; ++d) {
+        Vec of_row = Splat(x[m * ldx + d]);
+        left += of_row * first[d];
+        right += of_row * second[d];
+      }
+      Store(left, y + m * ldy + c);
+      Store(right, y + m * ldy + c + kLanes);
+    }
+  }
+  for (; c < cols; ++c) {
+    for (int m = 0; m < rows; ++m) {
+      float sum = y[m * ldy + c];
+      for (int d = 0; d < D; ++d) sum = std::fma(x[m * ldx + d], Widen(w[d * ldw + c]), sum);
+      y[m * ldy + c] = sum;
+    }
+  }
+}
+
+template <typename W>
+void Stream(const float* x, ptrdiff_t ldx, int rows, const W* w, ptrdiff_t ldw, int depth, int cols, float* y,
+            ptrdiff_t ldy) {
+  int k = 0;
+  for (; k + kDepth <= depth; k += kDepth) StreamRows<kDepth>(x + k, ldx, rows, w + k * ldw, ldw, cols, y, ldy);
+  for (; k < depth; ++k) StreamRows<1>(x + k, ldx, rows, w + k * ldw, ldw, cols, y, ldy);
+}
+
+// M rows against a packed panel [depth, V * kLanes]. Row i of x at step k: x[i * ldx + k * step].
+template <int M, int V>
+inline void Tile(const float* x, ptrdiff_t ldx, ptrdiff_t step, int depth, const float* panel, float* y,
+                 ptrdiff_t ldy) {
+  Vec sums[M][V];
+  for (int i = 0; i < M; ++i)
+    for (int j = 0; j < V; ++j) sums[i][j] = Load(y + i * ldy + j * kLanes);
+  const float* of_rows[(M + 2) / 3];
+  for (int i = 0; i < (M + 2) / 3; ++i) of_rows[i] = x + 3 * i * ldx;
+  for (int k = 0; k < depth; ++k) {
+    Vec weights[V];
+    for (int j = 0; j < V; ++j) weights[j] = Load(panel + j * kLanes);
+    for (int i = 0; i < M; ++i) {
+      Vec of_row = Splat(of_rows[i / 3][i % 3 * ldx]);
+      for (int j = 0; j < V; ++j) sums[i][j] += of_row * weights[j];
+    }
+    for (int i = 0; i < (M + 2) / 3; ++i) of_rows[i] += step;
+    panel += V * kLanes;
+  }
+  for (int i = 0; i < M; ++i)
+    for (int j = 0; j < V; ++j) Store(sums[i][j], y + i * ldy + j * kLanes);
+}
+
+template <int V, int M = kTileRows>
+inline void TileOf(int rows, const float* x, ptrdiff_t ldx, ptrdiff_t step, int depth, const float* panel, float* y,
+                   ptrdiff_t ldy) {
+  if constexpr (M > 1) {
+    if (rows < M) return TileOf<V, M - 1>(rows, x, ldx, step, depth, panel, y, ldy);
+  }
+  Tile<M, V>(x, ldx, step, depth, panel, y, ldy);
+}
+
+inline int EvenRows(int rows) {  // of a tile, so that all are about as high
+  int tiles = (rows + kTileRows - 1) / kTileRows;
+  return (rows + tiles - 1) / tiles;
+}
+
+template <typename W>
+void Pack(const W* w, ptrdiff_t ldw, int depth, int cols, float* panels) {
+  for (int c = 0; c < cols; c += kPanel, panels += static_cast<ptrdiff_t>(depth) * kPanel) {
+    const W* from = w + c;
+    if (c + kPanel <= cols) {
+      for (int k = 0; k < depth; ++k, from += ldw) {
+        __builtin_prefetch(from + 8 * ldw);
+        __builtin_prefetch(from + 8 * ldw + kLanes);
+        Store(Load(from), panels + k * kPanel);
+        Store(Load(from + kLanes), panels + k * kPanel + kLanes);
+      }
+    } else {
+      for (int k = 0; k < depth; ++k, from += ldw)
+        for (int j = 0; j < kPanel; ++j) panels[k * kPanel + j] = c + j < cols ? Widen(from[j]) : 0.0f;
+    }
+  }
+}
+
+// cols <= kBlockCols where rows > kStreamRows; y then has room for whole panels.
+template <typename W>
+void Multiply(const float* x, ptrdiff_t ldx, int rows, const W* w, ptrdiff_t ldw, int depth, int cols, float* y,
+              ptrdiff_t ldy) {
+  if (rows <= kStreamRows) return Stream(x, ldx, rows, w, ldw, depth, cols, y, ldy);
+  float* panels = Local(static_cast<size_t>(kBlockDepth) * kBlockCols, 0);
+  int high = EvenRows(rows);
+  for (int k = 0; k < depth; k += kBlockDepth) {
+    int deep = std::min(kBlockDepth, depth - k);
+    Pack(w + k * ldw, ldw, deep, cols, panels);
+    for (int m = 0; m < rows; m += high) {
+      for (int c = 0; c < cols; c += kPanel) {
+        TileOf<2>(std::min(high, rows - m), x + m * ldx + k, ldx, 1, deep, panels + static_cast<ptrdiff_t>(deep) * c,
+                  y + m * ldy + c, ldy);
+      }
+    }
+  }
+}
+
+// Columns of one task: enough tasks for every thread, each with runs long enough to stream.
+inline int TaskCols(int64_t cols, int64_t parts, int rows, int threads) {
+  if (rows > kStreamRows) return kBlockCols;
+  int64_t wanted = (cols * parts + 4 * threads - 1) / (4 * threads);
+  wanted = (wanted + kPanel - 1) / kPanel * kPanel;
+  return static_cast<int>(std::min<int64_t>(std::max<int64_t>(wanted, 4 * kPanel), rows > 4 ? 256 : 512));
+}
+
+inline size_t Rounded(size_t cols) { return (cols + kPanel - 1) / kPanel * kPanel; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+inline int64_t Product(ffi::AnyBuffer::Dimensions dims, size_t begin, size_t end) {
+  int64_t product = 1;
+  for (size_t i = begin; i < end; ++i) product *= dims[i];
+  return product;
+}
+
+template <typename T>
+const T* Data(const ffi::AnyBuffer& buffer) {
+  return static_cast<const T*>(buffer.untyped_data());
+}
+template <typename T>
+T* Data(ffi::Result<ffi::AnyBuffer> buffer) {
+  return static_cast<T*>(buffer->untyped_data());
+}
+
+ffi::Error Unsupported(const char* what) { return ffi::Error::InvalidArgument(std::string(what) + ": unsupported types"); }
+
+// Calls run with a value of the type of an activation and one of a weight.
+template <typename Run>
+ffi::Error ByTypes(const char* what, ffi::DataType x, ffi::DataType w, const Run& run) {
+  if (x == ffi::F32 && w == ffi::F32) return run(float{}, float{});
+  if (x == ffi::BF16 && w == ffi::BF16) return run(Bf16{}, Bf16{});
+  if (x == ffi::F32 && w == ffi::BF16) return run(float{}, Bf16{});
+  return Unsupported(what);
+}
+
+// x as float32: itself, or copied.
+inline const float* Wide(const float* x, size_t, std::unique_ptr<Scratch>&) { return x; }
+inline const float* Wide(const Bf16* x, size_t size, std::unique_ptr<Scratch>& scratch) {
+  scratch = std::make_unique<Scratch>(size);
+  for (size_t i = 0; i < size; ++i) scratch->get()[i] = Widen(x[i]);
+  return scratch->get();
+}
+
+template <typename X, typename W>
+void LinearOf(Team& team, const X* x, int64_t rows, int64_t depth, const std::vector<const W*>& weights,
+              const std::vector<int64_t>& cols, const std::vector<X*>& outs) {
+  struct Task {
+    int stack, row, col, cols;
+  };
+  int64_t all = 0;
+  for (int64_t each : cols) all += each;
+  std::vector<Task> tasks;
+  int width = TaskCols(all, 1, static_cast<int>(rows), team.size());
+  for (int64_t row = 0; row < rows; row += kChunkRows)
+    for (size_t i = 0; i < cols.size(); ++i)
+      for (int64_t col = 0; col < cols[i]; col += width)
+        tasks.push_back({static_cast<int>(i), static_cast<int>(row), static_cast<int>(col),
+                         static_cast<int>(std::min<int64_t>(width, cols[i] - col))});
+  std::unique_ptr<Scratch> wide;
+  const float* input = Wide(x, rows * depth, wide);
+  team.Run(tasks.size(), [&](int64_t index) {
+    const Task& task = tasks[index];
+    int high = static_cast<int>(std::min<int64_t>(kChunkRows, rows - task.row));
+    size_t ldy = Rounded(task.cols);
+    float* y = Local(high * ldy, 1);
+    std::memset(y, 0, high * ldy * sizeof(float));
+    Multiply(input + task.row * depth, depth, high, weights[task.stack] + task.col, cols[task.stack],
+             static_cast<int>(depth), task.cols, y, ldy);
+    for (int m = 0; m < high; ++m) {
+      X* out = outs[task.stack] + (task.row + m) * cols[task.stack] + task.col;
+      for (int c = 0; c < task.cols; ++c) Narrow(y[m * ldy + c], out + c);
+    }
+  });
+}
+
+// x [rows, K], layer [], then stacks [L, K, N...] -> for each stack [rows, N...].
+ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer layer, ffi::RemainingArgs stacks,
+                  ffi::RemainingRets outs) {
+  int64_t rows = x.dimensions()[0], depth = x.dimensions()[1];
+  int32_t index = *Data<int32_t>(layer);
+  auto first = stacks.get<ffi::AnyBuffer>(0);
+  if (!first) return first.error();
+  Team team(pool);
+  return ByTypes("linear", x.element_type(), first->element_type(), [&](auto of_x, auto of_w) {
+    using X = decltype(of_x);
+    using W = decltype(of_w);
+    std::vector<const W*> weights;
+    std::vector<int64_t> cols;
+    std::vector<X*> results;
+    for (size_t i = 0; i < stacks.size(); ++i) {
+      auto stack = stacks.get<ffi::AnyBuffer>(i);
+      auto out = outs.get<ffi::AnyBuffer>(i);
+      if (!stack) return stack.error();
+      if (!out) return out.error();
+      if (stack->element_type() != first->element_type()) return Unsupported("linear");
+      cols.push_back(Product(stack->dimensions(), 2, stack->dimensions().size()));
+      weights.push_back(Data<W>(*stack) + index * depth * cols.back());
+      results.push_back(Data<X>(*out));
+    }
+    LinearOf<X, W>(team, Data<X>(x), rows, depth, weights, cols, results);
+    return ffi::Error::Success();
+  });
+}
+
+// Columns of a matrix whose rows are the sums' columns: w[n * ldw + k]. Panels as of Pack.
+template <typename W>
+void PackTransposed(const W* w, ptrdiff_t ldw, int depth, int cols, float* panels) {
+  for (int c = 0; c < cols; c += kPanel, panels += static_cast<ptrdiff_t>(depth) * kPanel) {
+    for (int j = 0; j < kPanel; ++j) {
+      const W* from = w + (c + j) * ldw;
+      for (int k = 0; k < depth; ++k) panels[k * kPanel + j] = c + j < cols ? Widen(from[k]) : 0.0f;
+    }
+  }
+}
+
+// x [rows, H, K], layer [], stack [L, R, H, W] -> [rows, H, N]: each head meets a matrix of its own. What is summed over
+// is R, and N columns of W from `begin` on are what comes out; transposed, K columns of W from `begin` on, and R.
+template <typename X, typename W>
+void HeadsOf(Team& team, const X* x, int64_t rows, int64_t heads, int64_t depth, const W* w, int64_t stack_cols,
+             int64_t begin, bool transposed, int64_t cols, X* out) {
+  std::unique_ptr<Scratch> wide;
+  const float* input = Wide(x, rows * heads * depth, wide);
+  int64_t ldw = heads * stack_cols, blocks = (cols + kBlockCols - 1) / kBlockCols;
+  int64_t chunks = (rows + kChunkRows - 1) / kChunkRows;
+  team.Run(heads * blocks * chunks, [&](int64_t task) {
+    int64_t head = task % heads, col = task / heads % blocks * kBlockCols, row = task / heads / blocks * kChunkRows;
+    int wide_cols = static_cast<int>(std::min<int64_t>(kBlockCols, cols - col));
+    int high = static_cast<int>(std::min<int64_t>(kChunkRows, rows - row));
+    size_t ldy = Rounded(wide_cols);
+    float* y = Local(high * ldy, 1);
+    std::memset(y, 0, high * ldy * sizeof(float));
+    const float* from = input + (row * heads + head) * depth;
+    const W* own = w + head * stack_cols + begin;
+    if (!transposed) {
+      Multiply(from, heads * depth, high, own + col, ldw, static_cast<int>(depth), wide_cols, y, ldy);
+    } else {
+      float* panels = Local(static_cast<size_t>(kBlockDepth) * kBlockCols, 0);
+      int tile = EvenRows(high);
+      for (int k = 0; k < depth; k += kBlockDepth) {
+        int deep = static_cast<int>(std::min<int64_t>(kBlockDepth, depth - k));
+        PackTransposed(own + col * ldw + k, ldw, deep, wide_cols, panels);
+        for (int m = 0; m < high; m += tile)
+          for (int c = 0; c < wide_cols; c += kPanel)
+            TileOf<2>(std::min(tile, high - m), from + m * heads * depth + k, heads * depth, 1, deep,
+                      panels + static_cast<ptrdiff_t>(deep) * c, y + m * ldy + c, ldy);
+      }
+    }
+    for (int m = 0; m < high; ++m)
+      for (int c = 0; c < wide_cols; ++c) Narrow(y[m * ldy + c], out + ((row + m) * heads + head) * cols + col + c);
+  });
+}
+
+ffi::Error Heads(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer layer, ffi::AnyBuffer stack,
+                 ffi::Result<ffi::AnyBuffer> out, int64_t begin, bool transposed) {
+  auto shape = x.dimensions(), held = stack.dimensions();
+  int64_t of_layer = *Data<int32_t>(layer) * Product(held, 1, 4);
+  Team team(pool);
+  return ByTypes("heads", x.element_type(), stack.element_type(), [&](auto of_x, auto of_w) {
+    using X = decltype(of_x);
+    using W = decltype(of_w);
+    HeadsOf<X, W>(team, Data<X>(x), shape[0], shape[1], shape[2], Data<W>(stack) + of_layer, held[3], begin,
+                  transposed, out->dimensions()[2], Data<X>(out));
+    return ffi::Error::Success();
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+enum class Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
+
+inline void Gate(Activation activation, const float* gate, const float* up, int count, float* out) {
+  int i = 0;
+  if (activation == Activation::kSilu) {
+    for (; i + kLanes <= count; i += kLanes) {
+      Vec value = Load(gate + i);
+      Store(value / (Exp(-value) + 1.0f) * Load(up + i), out + i);
+    }
+    if (i < count) {
+      float padded[3][kLanes] = {};
+      std::memcpy(padded[0], gate + i, (count - i) * sizeof(float));
+      std::memcpy(padded[1], up + i, (count - i) * sizeof(float));
+      Gate(activation, padded[0], padded[1], kLanes, padded[2]);
+      std::memcpy(out + i, padded[2], (count - i) * sizeof(float));
+    }
+    return;
+  }
+  for (; i < count; ++i) {
+    float x = gate[i];
+    if (activation == Activation::kRelu) {
+      x = std::max(x, 0.0f);
+    } else if (activation == Activation::kGelu) {
+      x = 0.5f * x * (1.0f + std::erf(x * 0.70710678f));
+    } else {
+      x = 0.5f * x * (1.0f + std::tanh(0.79788456f * (x + 0.044715f * x * x * x)));
+    }
+    out[i] = x * up[i];
+  }
+}
+
+// x [N, D], slots and weights [N, K], layer [], gate_up [L, S, D, 2, F], down [L, S, F, D] -> [N, D]; slot -1 is none.
+template <typename X, typename W>
+void GroupedMlpOf(Team& team, const X* x, int64_t rows, int64_t width, const int32_t* slots, const float* weights,
+                  int64_t choices, const W* gate_up, const W* down, int64_t num_slots, int64_t inner,
+                  Activation activation, bool weigh_input, X* out) {
+  // Pairs of row and choice in order of their slots. place: where a pair stands in it.
+  std::vector<int64_t> begins(num_slots + 1), filled;
+  int64_t pairs = rows * choices;
+  for (int64_t pair = 0; pair < pairs; ++pair)
+    if (slots[pair] >= 0) ++begins[slots[pair] + 1];
+  for (int64_t slot = 0; slot < num_slots; ++slot) begins[slot + 1] += begins[slot];
+  int64_t chosen = begins[num_slots];
+  filled.assign(begins.begin(), begins.end() - 1);
+  std::vector<int64_t> place(pairs, -1), order(chosen);
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    if (slots[pair] < 0) continue;
+    place[pair] = filled[slots[pair]]++;
+    order[place[pair]] = pair;
+  }
+  struct Task {
+    int64_t slot, row;
+    int rows, col, cols;
+  };
+  int64_t most = 0, active = 0;
+  for (int64_t slot = 0; slot < num_slots; ++slot) {
+    most = std::max(most, begins[slot + 1] - begins[slot]);
+    active += begins[slot + 1] > begins[slot];
+  }
+  auto make_tasks = [&](int64_t cols, int most_cols) {
+    std::vector<Task> tasks;
+    for (int64_t slot = 0; slot < num_slots; ++slot) {
+      int64_t held = begins[slot + 1] - begins[slot];
+      int of_task = held > kStreamRows ? most_cols : TaskCols(cols, active, static_cast<int>(held), team.size());
+      for (int64_t row = 0; row < held; row += kChunkRows)
+        for (int64_t col = 0; col < cols; col += of_task)
+          tasks.push_back({slot, begins[slot] + row, static_cast<int>(std::min<int64_t>(kChunkRows, held - row)),
+                           static_cast<int>(col), static_cast<int>(std::min<int64_t>(of_task, cols - col))});
+    }
+    return tasks;
+  };
+  Scratch scratch(chosen * (width + inner + width));
+  float* gathered = scratch.get();
+  float* hidden = gathered + chosen * width;
+  float* products = hidden + chosen * inner;
+  constexpr int64_t kRowsAtOnce = 64;
+  team.Run((chosen + kRowsAtOnce - 1) / kRowsAtOnce, [&](int64_t task) {
+    for (int64_t at = task * kRowsAtOnce; at < std::min(chosen, (task + 1) * kRowsAtOnce); ++at) {
+      const X* from = x + order[at] / choices * width;
+      float scale = weigh_input ? weights[order[at]] : 1.0f;
+      X rounded;
+      for (int64_t i = 0; i < width; ++i) {
+        Narrow(Widen(from[i]) * scale, &rounded);
+        gathered[at * width + i] = Widen(rounded);
+      }
+    }
+  });
+  std::vector<Task> into = make_tasks(inner, kBlockCols / 2);
+  team.Run(into.size(), [&](int64_t index) {
+    const Task& task = into[index];
+    const W* gate = gate_up + task.slot * width * 2 * inner + task.col;
+    size_t ldy = Rounded(task.cols);
+    float* y = Local(2 * task.rows * ldy, 1);
+    float* up = y + task.rows * ldy;
+    std::memset(y, 0, 2 * task.rows * ldy * sizeof(float));
+    const float* from = gathered + task.row * width;
+    Multiply(from, width, task.rows, gate, 2 * inner, static_cast<int>(width), task.cols, y, ldy);
+    Multiply(from, width, task.rows, gate + inner, 2 * inner, static_cast<int>(width), task.cols, up, ldy);
+    for (int m = 0; m < task.rows; ++m) {
+      float* to = hidden + (task.row + m) * inner + task.col;
+      Gate(activation, y + m * ldy, up + m * ldy, task.cols, to);
+    }
+  });
+  std::vector<Task> out_of = make_tasks(width, kBlockCols);
+  team.Run(out_of.size(), [&](int64_t index) {
+    const Task& task = out_of[index];
+    size_t ldy = Rounded(task.cols);
+    float* y = Local(task.rows * ldy, 1);
+    std::memset(y, 0, task.rows * ldy * sizeof(float));
+    Multiply(hidden + task.row * inner, inner, task.rows, down + task.slot * inner * width + task.col, width,
+             static_cast<int>(inner), task.cols, y, ldy);
+    for (int m = 0; m < task.rows; ++m)
+      std::memcpy(products + (task.row + m) * width + task.col, y + m * ldy, task.cols * sizeof(float));
+  });
+  team.Run((rows + kRowsAtOnce - 1) / kRowsAtOnce, [&](int64_t task) {
+    float* sum = Local(width, 1);
+    for (int64_t row = task * kRowsAtOnce; row < std::min(rows, (task + 1) * kRowsAtOnce); ++row) {
+      std::memset(sum, 0, width * sizeof(float));
+      for (int64_t pair = row * choices; pair < (row + 1) * choices; ++pair) {
+        if (place[pair] < 0) continue;
+        const float* product = products + place[pair] * width;
+        float scale = weigh_input ? 1.0f : weights[pair];
+        for (int64_t i = 0; i < width; ++i) sum[i] += scale * product[i];
+      }
+      for (int64_t i = 0; i < width; ++i) Narrow(sum[i], out + row * width + i);
+    }
+  });
+}
+
+ffi::Error GroupedMlp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer slots, ffi::AnyBuffer weights,
+                      ffi::AnyBuffer layer, ffi::AnyBuffer gate_up, ffi::AnyBuffer down,
+                      ffi::Result<ffi::AnyBuffer> out, int32_t activation, bool weigh_input) {
+  int64_t rows = x.dimensions()[0], width = x.dimensions()[1], choices = slots.dimensions()[1];
+  int64_t num_slots = down.dimensions()[1], inner = down.dimensions()[2];
+  int64_t of_layer = *Data<int32_t>(layer) * num_slots * width * inner;
+  if (gate_up.element_type() != down.element_type()) return Unsupported("grouped_mlp");
+  Team team(pool);
+  return ByTypes("grouped_mlp", x.element_type(), down.element_type(), [&](auto of_x, auto of_w) {
+    using X = decltype(of_x);
+    using W = decltype(of_w);
+    GroupedMlpOf<X, W>(team, Data<X>(x), rows, width, Data<int32_t>(slots), Data<float>(weights), choices,
+                       Data<W>(gate_up) + 2 * of_layer, Data<W>(down) + of_layer, num_slots, inner,
+                       static_cast<Activation>(activation), weigh_input, Data<X>(out));
+    return ffi::Error::Success();
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+enum class Span : int32_t { kFull = 0, kWindow = 1, kChunk = 2 };
+
+struct Paged {
+  int64_t page_size, table_width;
+  const int32_t* table;  // [B, table_width]
+  const int32_t* first;  // [B]: the position at which a table begins
+
+  int64_t Place(int64_t sequence, int64_t at) const {  // of the token `at` places on from the first
+    return table[sequence * table_width + at / page_size] * page_size + at % page_size;
+  }
+};
+
+// Where attention finds the key and value of a token, for one key-value head of one sequence.
+template <typename X>
+struct PagedSource {
+  const Paged& paged;
+  int64_t sequence;
+  const X* keys;
+  int64_t key_stride, key_dim;
+  const X* values;
+  int64_t value_stride, value_dim;
+  bool shared;  // values are the first numbers of their keys
+
+  void operator()(int64_t at, float* key, float* value) const {
+    int64_t token = paged.Place(sequence, at);
+    const X* from = keys + token * key_stride;
+    for (int64_t i = 0; i < key_dim; ++i) key[i] = Widen(from[i]);
+    if (shared) return;
+    from = values + token * value_stride;
+    for (int64_t i = 0; i < value_dim; ++i) value[i] = Widen(from[i]);
+  }
+};
+
+// Keys and values made of latents [tokens, H, dn + dv]; what is rotated comes from the cache.
+template <typename X>
+struct LatentSource {
+  const Paged& paged;
+  int64_t sequence;
+  const float* made;
+  int64_t made_stride, nope_dim, value_dim;
+  const X* rotated;
+  int64_t entry_stride, rope_dim;
+  bool shared;
+
+  void operator()(int64_t at, float* key, float* value) const {
+    const float* from = made + at * made_stride;
+    std::memcpy(key, from, nope_dim * sizeof(float));
+    std::memcpy(value, from + nope_dim, value_dim * sizeof(float));
+    const X* entry = rotated + paged.Place(sequence, at) * entry_stride;
+    for (int64_t i = 0; i < rope_dim; ++i) key[nope_dim + i] = Widen(entry[i]);
+  }
+};
+
+// One group of queries [tokens * group] of a sequence and key-value head against the keys that each sees.
+template <typename X, typename Source>
+void AttendTask(const X* query, int64_t heads, int64_t head_dim, int64_t value_dim, int group, int tokens,
+                const int32_t* positions, const Source& source, int32_t first, float scale, Span span,
+                int64_t span_size, X* out) {
+  int queries = tokens * group;
+  int cols = queries <= kLanes ? kLanes : (queries + kPanel - 1) / kPanel * kPanel;
+  int panel = std::min(cols, kPanel), panels = cols / panel;
+  // By panels: queries [panels, d, panel], sums [panels, dv, panel], scores [panels, kKeyBlock, panel].
+  int64_t block_floats = static_cast<int64_t>(kKeyBlock) * (head_dim + value_dim);
+  float* transposed = Local((head_dim + value_dim + kKeyBlock + 2) * cols + block_floats, 1);
+  float* sums = transposed + head_dim * cols;
+  float* scores = sums + value_dim * cols;
+  float* largest = scores + kKeyBlock * cols;
+  float* total = largest + cols;
+  float* key_block = total + cols;
+  float* value_block = key_block + kKeyBlock * head_dim;
+  int32_t low[kQueryCols + kPanel], high[kQueryCols + kPanel];
+  std::memset(sums, 0, value_dim * cols * sizeof(float));
+  int32_t from = INT32_MAX, to = -1, all_from = -1, all_to = INT32_MAX;
+  for (int q = 0; q < cols; ++q) {
+    largest[q] = -1e30f;
+    total[q] = 0.0f;
+    int32_t position = q < queries ? positions[q / group] : -1;
+    low[q] = INT32_MAX;
+    high[q] = -1;
+    if (position >= 0) {
+      high[q] = position;
+      low[q] = 0;
+      if (span == Span::kWindow) low[q] = std::max<int64_t>(0, position - span_size + 1);
+      if (span == Span::kChunk) low[q] = position / span_size * span_size;
+      from = std::min(from, low[q]);
+      to = std::max(to, high[q]);
+    }
+    all_from = std::max(all_from, low[q]);
+    all_to = std::min(all_to, high[q]);
+    float* column = transposed + q / panel * head_dim * panel + q % panel;
+    const X* row = query + q / group * heads * head_dim + q % group * head_dim;
+    for (int64_t i = 0; i < head_dim; ++i) column[i * panel] = q < queries ? Widen(row[i]) * scale : 0.0f;
+  }
+  for (int32_t begin = from / kKeyBlock * kKeyBlock; begin <= to; begin += kKeyBlock) {
+    int32_t start = std::max(begin, first), stop = std::min(begin + kKeyBlock, to + 1);
+    int count = stop - start;
+    if (count <= 0) continue;
+    for (int i = 0; i < count; ++i) source(start - first + i, key_block + i * head_dim, value_block + i * value_dim);
+    const float* block = source.shared ? key_block : value_block;
+    int64_t block_stride = source.shared ? head_dim : value_dim;
+    bool masks = start < all_from || stop - 1 > all_to;
+    int key_rows = EvenRows(count), value_rows = EvenRows(static_cast<int>(value_dim));
+    for (int p = 0; p < panels; ++p) {
+      float* of_panel = scores + static_cast<ptrdiff_t>(p) * kKeyBlock * panel;
+      std::memset(of_panel, 0, static_cast<size_t>(count) * panel * sizeof(float));
+      const float* of_queries = transposed + p * head_dim * panel;
+      for (int i = 0; i < count; i += key_rows) {
+        int rows = std::min(key_rows, count - i);
+        if (panel == kPanel) {
+          TileOf<2>(rows, key_block + i * head_dim, head_dim, 1, head_dim, of_queries, of_panel + i * panel, panel);
+        } else {
+          TileOf<1>(rows, key_block + i * head_dim, head_dim, 1, head_dim, of_queries, of_panel + i * panel, panel);
+        }
+      }
+      for (int v = 0; v < panel; v += kLanes) {
+        int q = p * panel + v;
+        IVec lowest, highest;
+        std::memcpy(&lowest, low + q, sizeof(IVec));
+        std::memcpy(&highest, high + q, sizeof(IVec));
+        Vec before = Load(largest + q), now = before;
+        for (int i = 0; i < count; ++i) {
+          Vec score = Load(of_panel + i * panel + v);
+          if (masks) {
+            IVec position = start + i - IVec{};
+            score = ((position >= lowest) & (position <= highest)) ? score : Splat(-2e30f);
+            Store(score, of_panel + i * panel + v);
+          }
+          now = Max(now, score);
+        }
+        Vec kept = Exp(before - now), sum = Load(total + q) * kept;
+        for (int i = 0; i < count; ++i) {
+          float* at = of_panel + i * panel + v;
+          Vec score = Load(at);
+          Vec weight = Exp(score - now);
+          if (masks) weight = score < Splat(-1.5e30f) ? Vec{} : weight;
+          Store(weight, at);
+          sum += weight;
+        }
+        Store(now, largest + q);
+        Store(sum, total + q);
+        IVec grown = now > before;
+        bool any = false;
+        for (int i = 0; i < kLanes; ++i) any |= grown[i] != 0;
+        if (any) {
+          float* column = sums + p * value_dim * panel + v;
+          for (int64_t i = 0; i < value_dim; ++i) Store(Load(column + i * panel) * kept, column + i * panel);
+        }
+      }
+      float* of_sums = sums + p * value_dim * panel;
+      for (int64_t i = 0; i < value_dim; i += value_rows) {
+        int rows = static_cast<int>(std::min<int64_t>(value_rows, value_dim - i));
+        if (panel == kPanel) {
+          TileOf<2>(rows, block + i, 1, block_stride, count, of_panel, of_sums + i * panel, panel);
+        } else {
+          TileOf<1>(rows, block + i, 1, block_stride, count, of_panel, of_sums + i * panel, panel);
+        }
+      }
+    }
+  }
+  for (int q = 0; q < queries; ++q) {
+    X* row = out + q / group * heads * value_dim + q % group * value_dim;
+    const float* column = sums + q / panel * value_dim * panel + q % panel;
+    float share = total[q] > 0.0f ? 1.0f / total[q] : 0.0f;
+    for (int64_t i = 0; i < value_dim; ++i) Narrow(column[i * panel] * share, row + i);
+  }
+}
+
+// Tasks over sequences, heads and tiles of queries. make_source(sequence, kv_head) -> where its keys and values are.
+template <typename X, typename MakeSource>
+void AttendOf(Team& team, const X* query, ffi::AnyBuffer::Dimensions shape, const int32_t* positions,
+              const int32_t* first, int64_t kv_heads, int64_t value_dim, float scale, Span span, int64_t span_size,
+              const MakeSource& make_source, X* out) {
+  int64_t batch = shape[0], tokens = shape[1], heads = shape[2], key_dim = shape[3];
+  int group = static_cast<int>(heads / kv_heads), together = std::min(group, kQueryCols);
+  while (group % together) --together;
+  int64_t at_once = std::max<int64_t>(1, kQueryCols / together);
+  int64_t tiles = (tokens + at_once - 1) / at_once, parts = heads / together;
+  team.Run(batch * parts * tiles, [&](int64_t task) {
+    // The last queries see most keys: they go first, so that no thread is left with a long one.
+    int64_t tile = tiles - 1 - task / (batch * parts), part = task % parts, sequence = task / parts % batch;
+    int64_t token = tile * at_once, head = part * together;
+    int count = static_cast<int>(std::min(at_once, tokens - token));
+    int64_t row = (sequence * tokens + token) * heads + head;
+    AttendTask<X>(query + row * key_dim, heads, key_dim, value_dim, together, count,
+                  positions + sequence * tokens + token, make_source(sequence, head / group), first[sequence], scale,
+                  span, span_size, out + row * value_dim);
+  });
+}
+
+// query [B, T, H, d], positions [B, T], table [B, pages], first [B], layer [], key and value pages [L, P, page, Kv, *]
+// -> [B, T, H, dv]. A value is the first dv numbers of what the value pages hold.
+ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer positions, ffi::AnyBuffer table,
+                  ffi::AnyBuffer first, ffi::AnyBuffer layer, ffi::AnyBuffer keys, ffi::AnyBuffer values,
+                  ffi::Result<ffi::AnyBuffer> out, float scale, int32_t span, int64_t span_size) {
+  auto key_shape = keys.dimensions(), value_shape = values.dimensions();
+  Paged paged{key_shape[2], table.dimensions()[1], Data<int32_t>(table), Data<int32_t>(first)};
+  int64_t index = *Data<int32_t>(layer), kv_heads = key_shape[3], key_dim = key_shape[4];
+  int64_t stored_value = value_shape[4], value_dim = out->dimensions()[3];
+  bool shared = keys.untyped_data() == values.untyped_data();
+  Team team(pool);
+  return ByTypes("attend", query.element_type(), keys.element_type(), [&](auto of_x, auto of_w) {
+    using X = decltype(of_x);
+    if constexpr (!std::is_same_v<X, decltype(of_w)>) {
+      return Unsupported("attend");
+    } else {
+      const X* of_keys = Data<X>(keys) + index * Product(key_shape, 1, 5);
+      const X* of_values = Data<X>(values) + index * Product(value_shape, 1, 5);
+      auto source = [&](int64_t sequence, int64_t kv_head) {
+        return PagedSource<X>{paged, sequence, of_keys + kv_head * key_dim, kv_heads * key_dim, key_dim,
+                              of_values + kv_head * stored_value, kv_heads * stored_value, value_dim, shared};
+      };
+      AttendOf<X>(team, Data<X>(query), query.dimensions(), Data<int32_t>(positions), paged.first, kv_heads, value_dim,
+                  scale, static_cast<Span>(span), span_size, source, Data<X>(out));
+      return ffi::Error::Success();
+    }
+  });
+}
+
+// Latent attention that makes keys and values of the latents that some query sees. query [B, T, H, dn + dr], positions
+// [B, T], table [B, pages], first [B], layer [] of the cache, entries [L, P, page, r + dr], layer [] of the weights,
+// key_value [L, r, H, dn + dv] -> [B, T, H, dv].
+ffi::Error AttendLatent(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer positions, ffi::AnyBuffer table,
+                        ffi::AnyBuffer first, ffi::AnyBuffer cached, ffi::AnyBuffer entries, ffi::AnyBuffer layer,
+                        ffi::AnyBuffer key_value, ffi::Result<ffi::AnyBuffer> out, float scale, int32_t span,
+                        int64_t span_size) {
+  auto shape = query.dimensions(), held = entries.dimensions(), weights = key_value.dimensions();
+  Paged paged{held[2], table.dimensions()[1], Data<int32_t>(table), Data<int32_t>(first)};
+  int64_t batch = shape[0], tokens = shape[1], heads = shape[2], width = held[3], rank = weights[1], made_dim = weights[3];
+  int64_t value_dim = out->dimensions()[3], nope_dim = made_dim - value_dim, cols = heads * made_dim;
+  // Where the tokens of each sequence begin among those made.
+  std::vector<int64_t> begins(batch + 1, 0);
+  constexpr int64_t kRowsAtOnce = 96;
+  struct Task {
+    int64_t sequence, row, col;
+  };
+  std::vector<Task> tasks;
+  for (int64_t b = 0; b < batch; ++b) {
+    int64_t last = -1;
+    for (int64_t t = 0; t < tokens; ++t)
+      last = std::max<int64_t>(last, Data<int32_t>(positions)[b * tokens + t]);
+    int64_t seen = last < 0 ? 0 : last + 1 - paged.first[b];
+    begins[b + 1] = begins[b] + seen;
+    for (int64_t row = 0; row < seen; row += kRowsAtOnce)
+      for (int64_t col = 0; col < cols; col += kBlockCols) tasks.push_back({b, row, col});
+  }
+  Scratch scratch(begins[batch] * cols);
+  float* made = scratch.get();
+  Team team(pool);
+  return ByTypes("attend_latent", query.element_type(), entries.element_type(), [&](auto of_x, auto of_w) {
+    using X = decltype(of_x);
+    if constexpr (!std::is_same_v<X, decltype(of_w)>) {
+      return Unsupported("attend_latent");
+    } else {
+      if (key_value.element_type() != entries.element_type()) return Unsupported("attend_latent");
+      const X* cache = Data<X>(entries) + *Data<int32_t>(cached) * Product(held, 1, 4);
+      const X* matrix = Data<X>(key_value) + *Data<int32_t>(layer) * rank * cols;
+      team.Run(tasks.size(), [&](int64_t index) {
+        const Task& task = tasks[index];
+        int64_t begin = begins[task.sequence], seen = begins[task.sequence + 1] - begin;
+        int high = static_cast<int>(std::min(kRowsAtOnce, seen - task.row));
+        int wide = static_cast<int>(std::min<int64_t>(kBlockCols, cols - task.col));
+        float* y = Local(high * (kBlockCols + rank), 1);
+        float* latents = y + high * kBlockCols;
+        std::memset(y, 0, high * kBlockCols * sizeof(float));
+        for (int i = 0; i < high; ++i) {
+          const X* entry = cache + paged.Place(task.sequence, task.row + i) * width;
+          for (int64_t j = 0; j < rank; ++j) latents[i * rank + j] = Widen(entry[j]);
+        }
+        Multiply(latents, rank, high, matrix + task.col, cols, static_cast<int>(rank), wide, y, kBlockCols);
+        for (int i = 0; i < high; ++i)
+          std::memcpy(made + (begin + task.row + i) * cols + task.col, y + i * kBlockCols, wide * sizeof(float));
+      });
+      auto source = [&](int64_t sequence, int64_t head) {
+        return LatentSource<X>{paged, sequence, made + begins[sequence] * cols + head * made_dim, cols, nope_dim,
+                               value_dim, cache + rank, width, width - rank, false};
+      };
+      AttendOf<X>(team, Data<X>(query), shape, Data<int32_t>(positions), paged.first, heads, value_dim, scale,
+                  static_cast<Span>(span), span_size, source, Data<X>(out));
+      return ffi::Error::Success();
+    }
+  });
+}
+
+// Puts new [B, T, ...] in their places of pages [L, P, page, ...], for each of the arrays given; those at position -1
+// nowhere. positions [B, T], table [B, pages], first [B], layer [], then pages, then new -> pages, in place.
+ffi::Error Write(ffi::AnyBuffer positions, ffi::AnyBuffer table, ffi::AnyBuffer first, ffi::AnyBuffer layer,
+                 ffi::RemainingArgs arrays, ffi::RemainingRets outs) {
+  int64_t batch = positions.dimensions()[0], tokens = positions.dimensions()[1], width = table.dimensions()[1];
+  for (size_t i = 0; i < outs.size(); ++i) {
+    auto fresh = arrays.get<ffi::AnyBuffer>(outs.size() + i);
+    auto pages = outs.get<ffi::AnyBuffer>(i);
+    if (!fresh) return fresh.error();
+    if (!pages) return pages.error();
+    if (fresh->element_type() != (*pages)->element_type()) return Unsupported("write");
+    auto shape = (*pages)->dimensions();
+    int64_t page_size = shape[2];
+    size_t bytes = Product(shape, 3, shape.size()) * ffi::ByteWidth(fresh->element_type());
+    auto* base = Data<char>(*pages) + *Data<int32_t>(layer) * shape[1] * page_size * bytes;
+    for (int64_t b = 0; b < batch; ++b) {
+      for (int64_t t = 0; t < tokens; ++t) {
+        int32_t position = Data<int32_t>(positions)[b * tokens + t];
+        if (position < 0) continue;
+        int64_t at = position - Data<int32_t>(first)[b];
+        int64_t page = Data<int32_t>(table)[b * width + at / page_size];
+        std::memcpy(base + (page * page_size + at % page_size) * bytes,
+                    Data<char>(*fresh) + (b * tokens + t) * bytes, bytes);
+      }
+    }
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeLinear, Linear,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .RemainingRets());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeHeads, Heads,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("begin")
+                                  .Attr<bool>("transposed"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeGroupedMlp, GroupedMlp,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<int32_t>("activation")
+                                  .Attr<bool>("weigh_input"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeAttend, Attend,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<float>("scale")
+                                  .Attr<int32_t>("span")
+                                  .Attr<int64_t>("span_size"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeAttendLatent, AttendLatent,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<float>("scale")
+                                  .Attr<int32_t>("span")
+                                  .Attr<int64_t>("span_size"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeWrite, Write,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .RemainingRets());

@@ -1,0 +1,226 @@
+"""Kernels in C++ (`native.cc`) for a CPU, compiled at first use where there is a compiler, and called by XLA's FFI.
+
+What they compute, ops beside this one define: `linear`, `grouped_mlp` and `paged_attention`, whose XLA implementations
+always work and are what the kernels are tested against. Results are bit-identical whatever else is in a batch.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxmoe.errors import ConfigError
+from jaxmoe.spans import Span
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("native.cc")
+BUILT = Path.home() / ".cache" / "jaxmoe" / "native"
+COMPILERS = ("g++", "clang++", "c++")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared", "-w")
+DTYPES = (jnp.dtype("float32"), jnp.dtype("bfloat16"))
+HANDLERS = ("Linear", "Heads", "GroupedMlp", "Attend", "AttendLatent", "Write")
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3}
+SPANS = {"full": 0, "window": 1, "chunk": 2}
+
+
+def check_available() -> None:
+    """Raises ConfigError, saying why, if the kernels cannot be had here."""
+    if isinstance(built := _registered(), str):
+        raise ConfigError(f"native kernels are not to be had: {built}; use the implementation in XLA")
+
+
+def choose(kernels: str, platform: str, dtype: jnp.dtype) -> Literal["xla", "native"]:
+    """What "auto" comes to, or the choice itself: "xla" or "native". Raises ConfigError if it cannot be had.
+
+    platform: what the program runs on, by JAX's name. Compiles the kernels if that has not been done yet.
+    """
+    if kernels not in ("auto", "xla", "native"):
+        raise ConfigError(f"kernels={kernels!r} is not one of auto, native, xla")
+    fits = platform == "cpu" and dtype in DTYPES
+    if kernels == "native":
+        if not fits:
+            raise ConfigError(
+                f"kernels='native' compute in {' or '.join(map(str, DTYPES))} on a CPU, not in {dtype} on {platform}; "
+                "use kernels='xla'"
+            )
+        check_available()
+    return "native" if kernels != "xla" and fits and not isinstance(_registered(), str) else "xla"
+
+
+@functools.cache
+def _registered() -> Any:
+    """The library, its handlers known to XLA; or why there is none."""
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        return f"no C++ compiler ({', '.join(COMPILERS)}) was found"
+    try:
+        library = ctypes.CDLL(str(_build(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        log.warning("native kernels could not be compiled, XLA's are used instead: %s", reason.strip()[-2000:])
+        return f"compiling them failed: {reason.strip()[-500:]}"
+    for name in HANDLERS:
+        jax.ffi.register_ffi_target(_target(name), jax.ffi.pycapsule(getattr(library, f"Jaxmoe{name}")), platform="cpu")
+    return library
+
+
+def _build(compiler: str) -> Path:
+    """Compiles the source for this machine unless that was done before; several processes may at once."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    key = hashlib.sha256(
+        "\0".join([_source_hash(), version, *FLAGS, jax.lib.__version__, platform.machine(), _cpu()]).encode()
+    )
+    path = BUILT / f"{key.hexdigest()[:16]}.so"
+    if not path.exists():
+        BUILT.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=BUILT, suffix=".part")
+        os.close(handle)
+        try:
+            command = [compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", "-o", temporary, str(SOURCE)]
+            subprocess.run(command, capture_output=True, text=True, check=True)
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+    return path
+
+
+def _cpu() -> str:
+    """What the processor can do, which -march=native compiles for: a home folder may be shared by machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+@functools.cache
+def _source_hash() -> str:
+    return hashlib.sha256(SOURCE.read_bytes()).hexdigest()
+
+
+def _target(name: str) -> str:
+    """Unlike those of other versions, for which a program in the compile cache may have been compiled."""
+    return f"jaxmoe_{name.lower()}_{_source_hash()[:8]}"
+
+
+def linear(
+    x: Float[Array, "*rows K"], stacks: Sequence[Float[Array, "_L K *_N"]], layer: int | Int[Array, ""]
+) -> list[Array]:
+    """See `ops.linear.linear`: x meets the layer's matrix of each stack."""
+    check_available()
+    leading = x.shape[:-1]
+    flat = x.reshape(-1, x.shape[-1])
+    shapes = [jax.ShapeDtypeStruct((flat.shape[0], *stack.shape[2:]), x.dtype) for stack in stacks]
+    outs = jax.ffi.ffi_call(_target("Linear"), shapes)(flat, jnp.asarray(layer, jnp.int32), *stacks)
+    return [out.reshape(*leading, *out.shape[1:]) for out in outs]
+
+
+def linear_by_head(
+    x: Float[Array, "*rows H K"],
+    stack: Float[Array, "_L R H W"],
+    layer: int | Int[Array, ""],
+    columns: slice,
+    transposed: bool,
+) -> Float[Array, "*rows H N"]:
+    """See `ops.linear.linear_by_head`."""
+    check_available()
+    begin, end, _ = columns.indices(stack.shape[3])
+    flat = x.reshape(-1, *x.shape[-2:])
+    shape = (*flat.shape[:2], stack.shape[1] if transposed else end - begin)
+    call = jax.ffi.ffi_call(_target("Heads"), jax.ShapeDtypeStruct(shape, x.dtype))
+    out = call(flat, jnp.asarray(layer, jnp.int32), stack, begin=np.int64(begin), transposed=transposed)
+    return out.reshape(*x.shape[:-1], shape[2])
+
+
+def grouped_mlp(
+    x: Float[Array, "N D"],
+    slots: Int[Array, "N K"],
+    weights: Float[Array, "N K"],
+    gate_up: Float[Array, "L S D two F"],
+    down: Float[Array, "L S F D"],
+    layer: int | Int[Array, ""],
+    activation: str,
+    weigh_input: bool,
+) -> Float[Array, "N D"]:
+    """See `ops.grouped_mlp.grouped_mlp`."""
+    check_available()
+    call = jax.ffi.ffi_call(_target("GroupedMlp"), jax.ShapeDtypeStruct(x.shape, x.dtype))
+    return call(
+        x, slots, weights, jnp.asarray(layer, jnp.int32), gate_up, down,
+        activation=np.int32(ACTIVATIONS[activation]), weigh_input=weigh_input,
+    )  # fmt: skip
+
+
+def attend(
+    query: Float[Array, "B T H d"],
+    positions: Int[Array, "B T"],
+    keys: Float[Array, "L P page Kv d"],
+    values: Float[Array, "L P page Kv _v"],
+    layer: int | Int[Array, ""],
+    table: Int[Array, "B pages"],
+    first: Int[Array, "B"],
+    scale: float,
+    span: Span,
+    value_dim: int,
+) -> Float[Array, "B T H dv"]:
+    """See `ops.paged_attention.attend`."""
+    check_available()
+    shape = jax.ShapeDtypeStruct((*query.shape[:3], value_dim), query.dtype)
+    return jax.ffi.ffi_call(_target("Attend"), shape)(
+        query, positions, table, first, jnp.asarray(layer, jnp.int32), keys, values,
+        scale=np.float32(scale), span=np.int32(SPANS[span.kind]), span_size=np.int64(span.size),
+    )  # fmt: skip
+
+
+def attend_latent(
+    query: Float[Array, "B T H d"],
+    positions: Int[Array, "B T"],
+    entries: Float[Array, "L P page w"],
+    cached: int | Int[Array, ""],
+    table: Int[Array, "B pages"],
+    first: Int[Array, "B"],
+    key_value: Float[Array, "_L r H m"],
+    layer: int | Int[Array, ""],
+    scale: float,
+    span: Span,
+    value_dim: int,
+) -> Float[Array, "B T H dv"]:
+    """See `ops.paged_attention.attend_latent`."""
+    check_available()
+    shape = jax.ShapeDtypeStruct((*query.shape[:3], value_dim), query.dtype)
+    cached, layer = (jnp.asarray(index, jnp.int32) for index in (cached, layer))
+    return jax.ffi.ffi_call(_target("AttendLatent"), shape)(
+        query, positions, table, first, cached, entries, layer, key_value,
+        scale=np.float32(scale), span=np.int32(SPANS[span.kind]), span_size=np.int64(span.size),
+    )  # fmt: skip
+
+
+def write(
+    pages: tuple[Array, ...],
+    new: tuple[Array, ...],
+    positions: Int[Array, "B T"],
+    layer: int | Int[Array, ""],
+    table: Int[Array, "B pages"],
+    first: Int[Array, "B"],
+) -> tuple[Array, ...]:
+    """See `ops.paged_attention.write`: of several arrays at once, in place."""
+    check_available()
+    shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in pages]
+    aliases = {4 + index: index for index in range(len(shapes))}
+    call = jax.ffi.ffi_call(_target("Write"), shapes, input_output_aliases=aliases)
+    cast = [array.astype(old.dtype) for array, old in zip(new, pages, strict=True)]
+    return tuple(call(positions, table, first, jnp.asarray(layer, jnp.int32), *pages, *cast))

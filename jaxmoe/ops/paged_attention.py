@@ -1,0 +1,116 @@
+"""Attention over a paged cache: writing what is new, reading what some query sees.
+
+A block table names, for each sequence, the pages that hold its context in order, beginning at position `first`, a
+multiple of the page size: token p of a sequence lies in page table[(p - first) // page_size], place p % page_size. A
+table's unused tail may hold any page: what lies there is at positions that no query has reached.
+
+`implementation`: "xla" gathers the whole context that a table has room for; "native" (`ops/native.py`, on a CPU) reads
+the pages in use, where they lie.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxmoe.ops import native
+from jaxmoe.ops.attention import attention, causal_mask
+from jaxmoe.ops.linear import Kernels, linear
+from jaxmoe.spans import Span
+
+
+class Where(NamedTuple):
+    """The layer of the cache, and where each sequence of a batch lies in it."""
+
+    layer: int | Int[Array, ""]
+    table: Int[Array, "B pages"]
+    first: Int[Array, "B"]
+
+
+def side_by_side(first: Int[Array, "B"]) -> Where:
+    """Where sequences lie in an array [1, B, T, ...] of their own vectors: each is one page, from position `first`."""
+    return Where(0, jnp.arange(first.shape[0], dtype=jnp.int32)[:, None], first)
+
+
+def write(
+    pages: tuple[Float[Array, "_L _P page *_vector"], ...],
+    new: tuple[Float[Array, "B T *_vector"], ...],
+    positions: Int[Array, "B T"],
+    where: Where,
+    implementation: Kernels = "xla",
+) -> tuple[Array, ...]:
+    """Puts every token's vector in its place of a layer, in each of the arrays. Padding (-1) is written nowhere."""
+    if implementation == "native":
+        return native.write(pages, new, positions, *where)
+    layer, table, first = where
+    page_size = pages[0].shape[2]
+    page = jnp.take_along_axis(table, jnp.maximum(positions - first[:, None], 0) // page_size, axis=1)
+
+    def written(old: Array, vectors: Array) -> Array:
+        # Padding goes to a page that does not exist.
+        where = jnp.where(positions < 0, old.shape[1], page)
+        return old.at[layer, where, positions % page_size].set(vectors.astype(old.dtype), mode="drop")
+
+    return tuple(map(written, pages, new))
+
+
+def read(pages: Float[Array, "L P page *vector"], where: Where) -> Float[Array, "B Tk *vector"]:
+    """The whole context that the table names, in order of position."""
+    gathered = pages[where.layer, where.table]
+    batch, count, page_size, *vector = gathered.shape
+    return gathered.reshape(batch, count * page_size, *vector)
+
+
+def positions_of(where: Where, page_size: int) -> Int[Array, "B Tk"]:
+    """The position of every token that `read` returns."""
+    return where.first[:, None] + jnp.arange(where.table.shape[1] * page_size)
+
+
+def attend(
+    query: Float[Array, "B T H d"],
+    positions: Int[Array, "B T"],
+    pages: tuple[Float[Array, "_L _P page Kv _w"], ...],
+    where: Where,
+    scale: float,
+    span: Span,
+    value_dim: int,
+    implementation: Kernels = "xla",
+) -> Float[Array, "B T H dv"]:
+    """Attention of queries at `positions` (-1: padding, whose rows mean nothing) over what the cache holds.
+
+    pages: of keys and of values, or one array for both. A value is the first dv numbers of what there is for a token.
+    Scores and softmax in float32.
+    """
+    if implementation == "native":
+        return native.attend(query, positions, pages[0], pages[-1], *where, scale, span, value_dim)
+    held = [read(array, where).astype(query.dtype) for array in pages]
+    mask = causal_mask(positions, positions_of(where, pages[0].shape[2]), span)
+    return attention(query, held[0], held[-1][..., :value_dim], mask, scale)
+
+
+def attend_latent(
+    query: Float[Array, "B T H d"],
+    positions: Int[Array, "B T"],
+    entries: Float[Array, "L P page w"],
+    where: Where,
+    key_value: Float[Array, "_L r H m"],
+    layer: int | Int[Array, ""],
+    scale: float,
+    span: Span,
+    value_dim: int,
+    implementation: Kernels = "xla",
+) -> Float[Array, "B T H dv"]:
+    """`attend` with every head's keys and values made, by the layer's `key_value`, of the latents that the cache holds.
+
+    An entry of the cache is a token's latent [r] and its rotated key [w - r], which all heads share; a query is its
+    part that meets made keys, then its rotated part.
+    """
+    if implementation == "native":
+        return native.attend_latent(query, positions, entries, *where, key_value, layer, scale, span, value_dim)
+    held = read(entries, where).astype(query.dtype)
+    rank, width = key_value.shape[1], held.shape[-1]
+    (made,) = linear(held[..., :rank], [key_value], layer)
+    rotated = jnp.broadcast_to(held[:, :, None, rank:], (*made.shape[:3], width - rank))
+    key = jnp.concatenate([made[..., :-value_dim], rotated], axis=-1)
+    mask = causal_mask(positions, positions_of(where, entries.shape[2]), span)
+    return attention(query, key, made[..., -value_dim:], mask, scale)
