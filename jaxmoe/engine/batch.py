@@ -19,7 +19,9 @@ from jaxmoe.spans import Span
 Ranks: TypeAlias = Seq[Seq[Chunk]]  # chunks of every attention rank
 
 SHORT_CHUNK, FEW_TOKENS = 32, 64
-SMALLEST_CONTEXT = 256
+# Tokens of the shortest block tables, and how much longer the next are. Attention that gathers what a table names pays
+# for its length; attention that reads the pages in use does not, so that fewer programs serve.
+GATHERED, READ_IN_USE = (256, 4), (4096, 16)
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -152,11 +154,14 @@ def _powers(smallest: int, largest: int, factor: int) -> list[int]:
 class Buckets:
     """The fixed set of shapes that every legal step fits; all are compiled before the first request."""
 
-    def __init__(self, config: EngineConfig, max_context: int, packing: Packing) -> None:
+    def __init__(
+        self, config: EngineConfig, max_context: int, packing: Packing, contexts: tuple[int, int] = GATHERED
+    ) -> None:
+        """contexts: GATHERED or READ_IN_USE."""
         self.packing = packing
         pages = -(-max_context // packing.page_size)
-        smallest = min(pages, -(-SMALLEST_CONTEXT // packing.page_size))
-        self.pages = _powers(smallest, pages, 4)
+        shortest, factor = contexts
+        self.pages = _powers(min(pages, -(-shortest // packing.page_size)), pages, factor)
         self.decode = _powers(1, config.max_batch, 2)
         self.prefill_tokens = sorted({min(FEW_TOKENS, config.max_prefill_tokens), config.max_prefill_tokens})
         self.short = min(SHORT_CHUNK, config.max_prefill_tokens)

@@ -1,5 +1,6 @@
 """The compiled step: one program per shape, compiled before the first request, its cache updated in place."""
 
+import functools
 import logging
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -19,6 +20,7 @@ from jaxmoe.models.config import ModelConfig
 from jaxmoe.models.decoder import RANK_ROWS, Decoder, Execution, merge
 from jaxmoe.models.kv_cache import CacheShapes, KVCache, PagedContext
 from jaxmoe.moe.placement import Placement
+from jaxmoe.ops.linear import Kernels
 from jaxmoe.ops.sampling import sample
 from jaxmoe.sharding.mesh import RANKS
 
@@ -120,7 +122,8 @@ class Executables:
         logits = self._on_ranks((batch, self._model.config.vocab_size), jnp.float32)
         fields = jax.tree.map(lambda dtype: self._on_ranks((batch,), dtype), SAMPLING_DTYPES)
         with jax.set_mesh(self._model.mesh):
-            return jax.jit(sample_ranks).lower(logits, fields).compile(self._options)
+            run = functools.partial(sample_ranks, kernels=self._model.execution.kernels)
+            return jax.jit(run).lower(logits, fields).compile(self._options)
 
     def _on_ranks(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         spec = P(RANKS, *(None for _ in shape))
@@ -157,11 +160,12 @@ def last_rows(hidden: Hidden, length: Int[Array, "R B"], shape: StepShape) -> Fl
     return jax.shard_map(local, in_specs=(RANK_ROWS, PACKED), out_specs=RANK_ROWS, check_vma=False)(hidden, length)
 
 
-def sample_ranks(logits: Float[Array, "R B V"], sampling: Sampling) -> Int[Array, "R B two"]:
+def sample_ranks(logits: Float[Array, "R B V"], sampling: Sampling, kernels: Kernels = "xla") -> Int[Array, "R B two"]:
     """Token and the bits of its log-probability: one packed array back to the host."""
 
     def local(logits: Array, sampling: Sampling) -> Array:
-        tokens, logprobs = sample(logits[0], *(field[0] for field in sampling))
+        own = Sampling(*(field[0] for field in sampling))
+        tokens, logprobs = sample(logits[0], *own, implementation=kernels)
         return jnp.stack([tokens, jax.lax.bitcast_convert_type(logprobs, jnp.int32)], axis=-1)[None]
 
     run = jax.shard_map(local, in_specs=(RANK_ROWS, PACKED), out_specs=RANK_ROWS, check_vma=False)

@@ -36,7 +36,7 @@ from jaxmoe.moe.moving import mover, slot_sources
 from jaxmoe.moe.placement import initial_placement, placement_of
 from jaxmoe.moe.strategy import Mixture, Strategy, check_strategy, choose
 from jaxmoe.ops import native
-from jaxmoe.sharding.devices import virtual_devices
+from jaxmoe.sharding.devices import use_huge_pages, virtual_devices
 from jaxmoe.sharding.mesh import RANKS, MeshSpec, make_mesh, slots_for
 
 Progress = Callable[[str, int, int], None]
@@ -115,6 +115,7 @@ class Model:
             self.abstract: Decoder = nnx.eval_shape(lambda: family(config, slots, self.dtype, nnx.Rngs(0), self.rules))
         slot_expert = np.asarray(placement.slot_expert)
         self.params = self._load(hf, slot_expert, functools.partial(progress, "loading weights"))
+        use_huge_pages(self.params)
         self.placement = jax.device_put(placement, NamedSharding(self.mesh, P()))
 
     def _load(self, hf: Mapping[str, Any], slot_expert: np.ndarray, progress: Callable[[int, int], None]) -> Any:

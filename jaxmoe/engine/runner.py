@@ -7,7 +7,7 @@ import os
 import jax
 import numpy as np
 
-from jaxmoe.engine.batch import Buckets, Packing, Ranks
+from jaxmoe.engine.batch import GATHERED, READ_IN_USE, Buckets, Packing, Ranks
 from jaxmoe.engine.config import ACCELERATOR_SHARE, CPU_SHARE, EngineConfig
 from jaxmoe.engine.executables import Executables
 from jaxmoe.engine.model import Model, Progress, no_progress
@@ -15,6 +15,7 @@ from jaxmoe.engine.pages import PageGroup, pages_reached
 from jaxmoe.engine.scheduler import StepPlan
 from jaxmoe.errors import ConfigError
 from jaxmoe.models.kv_cache import bytes_per_page, make_cache
+from jaxmoe.sharding.devices import use_huge_pages
 from jaxmoe.spans import FULL
 
 
@@ -32,8 +33,10 @@ class Runner:
         self.groups = page_groups(model, config, self.max_context)
         pages = tuple(group.pages_per_rank for group in self.groups)
         self._cache = make_cache(model.config, model.mesh, model.rules, pages, config.page_size, model.dtype)
+        use_huge_pages(self._cache)
         self._packing = Packing(model.config.spans, config.page_size)
-        self._buckets = Buckets(config, self.max_context, self._packing)
+        contexts = READ_IN_USE if model.execution.kernels == "native" else GATHERED
+        self._buckets = Buckets(config, self.max_context, self._packing, contexts)
         self.executables = Executables(model, self._cache, self._packing)
         if config.warm_up:
             self.executables.warm_up(self._buckets, progress)

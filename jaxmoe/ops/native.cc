@@ -43,7 +43,7 @@ constexpr int kPanel = 2 * kLanes;
 constexpr int kBlockCols = 128;  // of a packed block, and of what one task computes of many rows
 constexpr int kBlockDepth = 512;
 constexpr int kChunkRows = 192;   // of one task; a multiple of every kTileRows but NEON's
-constexpr int kStreamRows = 24;   // up to so many rows weights are not worth packing
+constexpr int kStreamRows = 40;   // up to so many rows weights are not worth packing
 constexpr int kKeyBlock = 64;     // keys that attention takes at once; a multiple of it begins a block
 constexpr int kQueryCols = 64;    // queries that one task of attention takes at once
 
@@ -256,6 +256,7 @@ inline void Tile(const float* x, ptrdiff_t ldx, ptrdiff_t step, int depth, const
   for (int k = 0; k < depth; ++k) {
     Vec weights[V];
     for (int j = 0; j < V; ++j) weights[j] = Load(panel + j * kLanes);
+    for (int j = 0; j < V * kLanes; j += 16) __builtin_prefetch(panel + 8 * V * kLanes + j);
     for (int i = 0; i < M; ++i) {
       Vec of_row = Splat(of_rows[i / 3][i % 3 * ldx]);
       for (int j = 0; j < V; ++j) sums[i][j] += of_row * weights[j];
@@ -281,35 +282,49 @@ inline int EvenRows(int rows) {  // of a tile, so that all are about as high
   return (rows + tiles - 1) / tiles;
 }
 
+// Row by row, so that a page of memory is visited once.
 template <typename W>
 void Pack(const W* w, ptrdiff_t ldw, int depth, int cols, float* panels) {
-  for (int c = 0; c < cols; c += kPanel, panels += static_cast<ptrdiff_t>(depth) * kPanel) {
-    const W* from = w + c;
-    if (c + kPanel <= cols) {
-      for (int k = 0; k < depth; ++k, from += ldw) {
-        __builtin_prefetch(from + 8 * ldw);
-        __builtin_prefetch(from + 8 * ldw + kLanes);
-        Store(Load(from), panels + k * kPanel);
-        Store(Load(from + kLanes), panels + k * kPanel + kLanes);
-      }
-    } else {
-      for (int k = 0; k < depth; ++k, from += ldw)
-        for (int j = 0; j < kPanel; ++j) panels[k * kPanel + j] = c + j < cols ? Widen(from[j]) : 0.0f;
+  constexpr int kAhead = 6, kLine = 64 / sizeof(W);
+  int whole = cols / kPanel * kPanel;
+  ptrdiff_t panel = static_cast<ptrdiff_t>(depth) * kPanel;
+  for (int k = 0; k < depth; ++k, w += ldw, panels += kPanel) {
+    for (int c = 0; c < cols; c += kLine) __builtin_prefetch(w + kAhead * ldw + c);
+    float* to = panels;
+    for (int c = 0; c < whole; c += kPanel, to += panel) {
+      Store(Load(w + c), to);
+      Store(Load(w + c + kLanes), to + kLanes);
     }
+    if (whole < cols)
+      for (int j = 0; j < kPanel; ++j) to[j] = whole + j < cols ? Widen(w[whole + j]) : 0.0f;
   }
 }
 
-// cols <= kBlockCols where rows > kStreamRows; y then has room for whole panels.
+// Asks for rows begin .. end - 1 of a block of weights.
+template <typename W>
+inline void Prefetch(const W* w, ptrdiff_t ldw, int begin, int end, int cols) {
+  constexpr int kLine = 64 / sizeof(W);
+  for (int k = begin; k < end; ++k)
+    for (int c = 0; c < cols; c += kLine) __builtin_prefetch(w + k * ldw + c, 0, 2);
+}
+
+// cols <= kBlockCols where rows > kStreamRows; y then has room for whole panels. next: what will be multiplied by
+// thereafter, as wide, if that is known.
 template <typename W>
 void Multiply(const float* x, ptrdiff_t ldx, int rows, const W* w, ptrdiff_t ldw, int depth, int cols, float* y,
-              ptrdiff_t ldy) {
+              ptrdiff_t ldy, const W* next = nullptr) {
   if (rows <= kStreamRows) return Stream(x, ldx, rows, w, ldw, depth, cols, y, ldy);
   float* panels = Local(static_cast<size_t>(kBlockDepth) * kBlockCols, 0);
-  int high = EvenRows(rows);
+  int high = EvenRows(rows), tiles = (rows + high - 1) / high;
   for (int k = 0; k < depth; k += kBlockDepth) {
     int deep = std::min(kBlockDepth, depth - k);
     Pack(w + k * ldw, ldw, deep, cols, panels);
-    for (int m = 0; m < rows; m += high) {
+    // While one block is multiplied by, the next is on its way from memory.
+    const W* coming = k + deep < depth ? w + (k + deep) * ldw : next;
+    int deep_next = std::min(kBlockDepth, k + deep < depth ? depth - k - deep : depth);
+    for (int tile = 0; tile < tiles; ++tile) {
+      int m = tile * high;
+      if (coming) Prefetch(coming, ldw, deep_next * tile / tiles, deep_next * (tile + 1) / tiles, cols);
       for (int c = 0; c < cols; c += kPanel) {
         TileOf<2>(std::min(high, rows - m), x + m * ldx + k, ldx, 1, deep, panels + static_cast<ptrdiff_t>(deep) * c,
                   y + m * ldy + c, ldy);
@@ -576,7 +591,7 @@ void GroupedMlpOf(Team& team, const X* x, int64_t rows, int64_t width, const int
       }
     }
   });
-  std::vector<Task> into = make_tasks(inner, kBlockCols / 2);
+  std::vector<Task> into = make_tasks(inner, kBlockCols);
   team.Run(into.size(), [&](int64_t index) {
     const Task& task = into[index];
     const W* gate = gate_up + task.slot * width * 2 * inner + task.col;
@@ -585,7 +600,8 @@ void GroupedMlpOf(Team& team, const X* x, int64_t rows, int64_t width, const int
     float* up = y + task.rows * ldy;
     std::memset(y, 0, 2 * task.rows * ldy * sizeof(float));
     const float* from = gathered + task.row * width;
-    Multiply(from, width, task.rows, gate, 2 * inner, static_cast<int>(width), task.cols, y, ldy);
+    Multiply(from, width, task.rows, gate, 2 * inner, static_cast<int>(width), task.cols, y, ldy,
+             gate + inner);
     Multiply(from, width, task.rows, gate + inner, 2 * inner, static_cast<int>(width), task.cols, up, ldy);
     for (int m = 0; m < task.rows; ++m) {
       float* to = hidden + (task.row + m) * inner + task.col;
@@ -950,6 +966,32 @@ ffi::Error Write(ffi::AnyBuffer positions, ffi::AnyBuffer table, ffi::AnyBuffer 
   return ffi::Error::Success();
 }
 
+// logits [B, V] -> the place of the greatest of each row, the first on ties [B], and the logarithm of the sum of all
+// exponentials [B].
+ffi::Error Greedy(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits, ffi::ResultBuffer<ffi::S32> best,
+                  ffi::ResultBuffer<ffi::F32> log_sum) {
+  int64_t rows = logits.dimensions()[0], cols = logits.dimensions()[1], whole = cols / kLanes * kLanes;
+  Team team(pool);
+  team.Run(rows, [&](int64_t row) {
+    const float* from = logits.typed_data() + row * cols;
+    float largest = -INFINITY;
+    Vec most = Splat(-INFINITY);
+    for (int64_t i = 0; i < whole; i += kLanes) most = Max(most, Load(from + i));
+    for (int i = 0; i < kLanes; ++i) largest = std::max(largest, most[i]);
+    for (int64_t i = whole; i < cols; ++i) largest = std::max(largest, from[i]);
+    int64_t at = 0;
+    while (at + 1 < cols && from[at] != largest) ++at;
+    Vec sums = {};
+    for (int64_t i = 0; i < whole; i += kLanes) sums += Exp(Load(from + i) - largest);
+    double sum = 0;
+    for (int i = 0; i < kLanes; ++i) sum += sums[i];
+    for (int64_t i = whole; i < cols; ++i) sum += std::exp(from[i] - largest);
+    best->typed_data()[row] = static_cast<int32_t>(at);
+    log_sum->typed_data()[row] = largest + static_cast<float>(std::log(sum));
+  });
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeLinear, Linear,
@@ -1022,3 +1064,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeWrite, Write,
                                   .Arg<ffi::AnyBuffer>()
                                   .RemainingArgs()
                                   .RemainingRets());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeGreedy, Greedy,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());

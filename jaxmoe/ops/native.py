@@ -32,7 +32,7 @@ BUILT = Path.home() / ".cache" / "jaxmoe" / "native"
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared", "-w")
 DTYPES = (jnp.dtype("float32"), jnp.dtype("bfloat16"))
-HANDLERS = ("Linear", "Heads", "GroupedMlp", "Attend", "AttendLatent", "Write")
+HANDLERS = ("Linear", "Heads", "GroupedMlp", "Attend", "AttendLatent", "Write", "Greedy")
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3}
 SPANS = {"full": 0, "window": 1, "chunk": 2}
 
@@ -224,3 +224,11 @@ def write(
     call = jax.ffi.ffi_call(_target("Write"), shapes, input_output_aliases=aliases)
     cast = [array.astype(old.dtype) for array, old in zip(new, pages, strict=True)]
     return tuple(call(positions, table, first, jnp.asarray(layer, jnp.int32), *pages, *cast))
+
+
+def greedy(logits: Float[Array, "B V"]) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+    """See `ops.sampling.greedy`. Of float32."""
+    check_available()
+    shapes = [jax.ShapeDtypeStruct(logits.shape[:1], dtype) for dtype in (jnp.int32, jnp.float32)]
+    best, log_sum = jax.ffi.ffi_call(_target("Greedy"), shapes)(logits)
+    return best, log_sum

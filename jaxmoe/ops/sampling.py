@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxmoe.ops import native
+from jaxmoe.ops.linear import Kernels
+
 _ONE = 0x3F800000  # the bits of 1.0f: those of all probabilities lie in [0, _ONE] in the same order
 
 
@@ -16,6 +19,7 @@ def sample(
     top_p: Float[Array, "B"],
     seed: Int[Array, "B"],
     position: Int[Array, "B"],
+    implementation: Kernels = "xla",
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
     """The token of every row and its log-probability under the unmodified logits.
 
@@ -25,7 +29,7 @@ def sample(
     The draw depends on (seed, position) alone: the same request gets the same tokens in any batch.
     """
     logits = logits.astype(jnp.float32)
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    best, log_sum = greedy(logits, implementation)
 
     def draw() -> Int[Array, "B"]:
         # The likeliest token stays at 0, so that no temperature, however small, carries it to infinity.
@@ -39,11 +43,18 @@ def sample(
         keys = jax.vmap(lambda pair: jax.random.wrap_key_data(pair, impl="threefry2x32"))(words)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
         drawn = jnp.argmax(kept + noise, axis=-1).astype(jnp.int32)
-        return jnp.where(temperature > 0, drawn, greedy)
+        return jnp.where(temperature > 0, drawn, best)
 
-    tokens = jax.lax.cond(jnp.any(temperature > 0), draw, lambda: greedy)
+    tokens = jax.lax.cond(jnp.any(temperature > 0), draw, lambda: best)
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-    return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
+    return tokens, chosen - log_sum
+
+
+def greedy(logits: Float[Array, "B V"], implementation: Kernels = "xla") -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+    """The most likely token of each row, the lowest id on ties, and the logarithm of the sum of all exponentials."""
+    if implementation == "native":
+        return native.greedy(logits)
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32), jax.nn.logsumexp(logits, axis=-1)
 
 
 def keep_likely(logits: Float[Array, "B V"], top_k: Int[Array, "B"], top_p: Float[Array, "B"]) -> Float[Array, "B V"]:

@@ -12,7 +12,7 @@ from jaxmoe.ops.grouped_mlp import MAX_TILE_ROWS, grouped_mlp
 
 LAYERS, SLOTS, WIDTH, INNER = 2, 5, 12, 20
 LAYER = 1
-IMPLEMENTATIONS = ["tiles", "ragged_dot", "megablox"]
+IMPLEMENTATIONS = ["tiles", "native", "ragged_dot", "megablox"]
 
 
 @functools.cache
@@ -69,10 +69,11 @@ def test_every_row_meets_the_mlps_of_its_slots(name, implementation, weigh_input
     np.testing.assert_allclose(run(arrays, implementation, weigh_input), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["tiles", "native"])
 @pytest.mark.parametrize("rows", [1, MAX_TILE_ROWS * 2 + 3])
-def test_one_row_and_slots_of_more_than_a_tile(rows):
+def test_one_row_and_slots_of_more_than_a_tile(rows, implementation):
     arrays = operands(slots_of("skewed", rows))
-    np.testing.assert_allclose(run(arrays), one_at_a_time(*arrays), atol=1e-5)
+    np.testing.assert_allclose(run(arrays, implementation), one_at_a_time(*arrays), atol=1e-5)
 
 
 @pytest.mark.parametrize("expected", [1, 7, 80, 10_000])
@@ -118,7 +119,7 @@ def test_gradients_by_tiles_equal_those_of_ragged_dot(name, weigh_input):
 
 
 def test_an_implementation_that_does_not_exist_is_told():
-    with pytest.raises(ValueError, match="implementation='cublas' is not one of tiles, ragged_dot, megablox"):
+    with pytest.raises(ValueError, match="implementation='cublas' is not one of tiles, native, ragged_dot, megablox"):
         grouped_mlp(*map(jnp.asarray, operands(slots_of("balanced"))), implementation="cublas")
 
 
