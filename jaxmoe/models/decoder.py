@@ -22,7 +22,7 @@ from jaxmoe.moe.dispatch import mixture
 from jaxmoe.moe.experts import Experts
 from jaxmoe.moe.placement import Placement, choose_slots
 from jaxmoe.moe.routing import Routing
-from jaxmoe.ops.linear import Kernels, linear, linear_by_head
+from jaxmoe.ops.linear import Kernels, linear, linear_transposed
 from jaxmoe.ops.norms import rms_norm
 from jaxmoe.sharding.rules import Rules
 
@@ -283,8 +283,7 @@ class Decoder(nnx.Module):
 
         def local(hidden: Array, table: Array) -> Array:
             if tied:
-                stack = table[None, :, None]
-                part = linear_by_head(hidden[:, :, None], stack, transposed=True, implementation=kernels)[:, :, 0]
+                part = linear_transposed(hidden, table, kernels)
             else:
                 (part,) = linear(hidden, [table[None]], implementation=kernels)
             return jax.lax.all_gather(part, "tp", axis=2, tiled=True) if "vocab" in self.rules.split else part

@@ -99,9 +99,8 @@ class LatentAttention(CachedAttention):
         if absorbs(self.dims, x.shape[1], num_keys):
             to_latent = weights.by_head(query[..., :nope], "key_value", slice(nope), transposed=True)
             whole = jnp.concatenate([to_latent, query_rope], axis=-1)
-            pages_of_one = (held[:, :, :, None],)
             mixed = paged_attention.attend(
-                whole, positions, pages_of_one, where, config.score_scale, kind.span, rank, weights.kernels
+                whole, positions, pages, where, config.score_scale, kind.span, rank, weights.kernels
             )
             mixed = weights.by_head(mixed, "key_value", slice(nope, None))
         else:

@@ -87,7 +87,7 @@ def gated_mlp(
     """One MLP for all rows: the layer's of a stack. gate_up and down as in `grouped_mlp`."""
     if implementation == "native":
         alone = jnp.zeros((x.shape[0], 1), jnp.int32), jnp.ones((x.shape[0], 1), jnp.float32)
-        return native.grouped_mlp(x, *alone, gate_up[:, None], down[:, None], layer, activation, weigh_input=False)
+        return native.grouped_mlp(x, *alone, gate_up, down, layer, activation, weigh_input=False)
     hidden = swiglu(jnp.tensordot(x, gate_up[layer], 1), activation)
     return hidden @ down[layer]
 

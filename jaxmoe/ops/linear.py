@@ -27,6 +27,15 @@ def linear(
     return [jnp.tensordot(x, stack[layer], 1) for stack in stacks]
 
 
+def linear_transposed(
+    x: Float[Array, "*rows K"], table: Float[Array, "N K"], implementation: Kernels = "xla"
+) -> Float[Array, "*rows N"]:
+    """x times a matrix that lies the other way round, in x's dtype."""
+    if implementation == "native":
+        return native.linear_transposed(x, table)
+    return jnp.einsum("...k,nk->...n", x, table)
+
+
 def linear_by_head(
     x: Float[Array, "*rows H K"],
     stack: Float[Array, "_L R H W"],

@@ -451,7 +451,7 @@ void PackTransposed(const W* w, ptrdiff_t ldw, int depth, int cols, float* panel
   }
 }
 
-// x [rows, H, K], layer [], stack [L, R, H, W] -> [rows, H, N]: each head meets a matrix of its own. What is summed over
+// x [rows, H, K], layer [], stack [L, R, H, W], or [R, W] of one, -> [rows, H, N]: each head meets a matrix of its own. What is summed over
 // is R, and N columns of W from `begin` on are what comes out; transposed, K columns of W from `begin` on, and R.
 template <typename X, typename W>
 void HeadsOf(Team& team, const X* x, int64_t rows, int64_t heads, int64_t depth, const W* w, int64_t stack_cols,
@@ -491,12 +491,12 @@ void HeadsOf(Team& team, const X* x, int64_t rows, int64_t heads, int64_t depth,
 ffi::Error Heads(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer layer, ffi::AnyBuffer stack,
                  ffi::Result<ffi::AnyBuffer> out, int64_t begin, bool transposed) {
   auto shape = x.dimensions(), held = stack.dimensions();
-  int64_t of_layer = *Data<int32_t>(layer) * Product(held, 1, 4);
+  int64_t of_layer = held.size() == 2 ? 0 : *Data<int32_t>(layer) * Product(held, 1, 4);
   Team team(pool);
   return ByTypes("heads", x.element_type(), stack.element_type(), [&](auto of_x, auto of_w) {
     using X = decltype(of_x);
     using W = decltype(of_w);
-    HeadsOf<X, W>(team, Data<X>(x), shape[0], shape[1], shape[2], Data<W>(stack) + of_layer, held[3], begin,
+    HeadsOf<X, W>(team, Data<X>(x), shape[0], shape[1], shape[2], Data<W>(stack) + of_layer, held.back(), begin,
                   transposed, out->dimensions()[2], Data<X>(out));
     return ffi::Error::Success();
   });
@@ -536,6 +536,7 @@ inline void Gate(Activation activation, const float* gate, const float* up, int 
 }
 
 // x [N, D], slots and weights [N, K], layer [], gate_up [L, S, D, 2, F], down [L, S, F, D] -> [N, D]; slot -1 is none.
+// Stacks may lack S, if there is one slot in each layer: an axis of length 1, made for the call, has XLA copy the stack.
 template <typename X, typename W>
 void GroupedMlpOf(Team& team, const X* x, int64_t rows, int64_t width, const int32_t* slots, const float* weights,
                   int64_t choices, const W* gate_up, const W* down, int64_t num_slots, int64_t inner,
@@ -638,7 +639,8 @@ ffi::Error GroupedMlp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer slo
                       ffi::AnyBuffer layer, ffi::AnyBuffer gate_up, ffi::AnyBuffer down,
                       ffi::Result<ffi::AnyBuffer> out, int32_t activation, bool weigh_input) {
   int64_t rows = x.dimensions()[0], width = x.dimensions()[1], choices = slots.dimensions()[1];
-  int64_t num_slots = down.dimensions()[1], inner = down.dimensions()[2];
+  auto stack = down.dimensions();
+  int64_t num_slots = stack.size() == 4 ? stack[1] : 1, inner = stack[stack.size() - 2];
   int64_t of_layer = *Data<int32_t>(layer) * num_slots * width * inner;
   if (gate_up.element_type() != down.element_type()) return Unsupported("grouped_mlp");
   Team team(pool);
@@ -843,15 +845,15 @@ void AttendOf(Team& team, const X* query, ffi::AnyBuffer::Dimensions shape, cons
   });
 }
 
-// query [B, T, H, d], positions [B, T], table [B, pages], first [B], layer [], key and value pages [L, P, page, Kv, *]
-// -> [B, T, H, dv]. A value is the first dv numbers of what the value pages hold.
+// query [B, T, H, d], positions [B, T], table [B, pages], first [B], layer [], key and value pages [L, P, page, Kv, *],
+// or without Kv, which is then 1, -> [B, T, H, dv]. A value is the first dv numbers of what the value pages hold.
 ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer positions, ffi::AnyBuffer table,
                   ffi::AnyBuffer first, ffi::AnyBuffer layer, ffi::AnyBuffer keys, ffi::AnyBuffer values,
                   ffi::Result<ffi::AnyBuffer> out, float scale, int32_t span, int64_t span_size) {
   auto key_shape = keys.dimensions(), value_shape = values.dimensions();
   Paged paged{key_shape[2], table.dimensions()[1], Data<int32_t>(table), Data<int32_t>(first)};
-  int64_t index = *Data<int32_t>(layer), kv_heads = key_shape[3], key_dim = key_shape[4];
-  int64_t stored_value = value_shape[4], value_dim = out->dimensions()[3];
+  int64_t index = *Data<int32_t>(layer), kv_heads = key_shape.size() == 5 ? key_shape[3] : 1;
+  int64_t key_dim = key_shape.back(), stored_value = value_shape.back(), value_dim = out->dimensions()[3];
   bool shared = keys.untyped_data() == values.untyped_data();
   Team team(pool);
   return ByTypes("attend", query.element_type(), keys.element_type(), [&](auto of_x, auto of_w) {
@@ -859,8 +861,8 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer pos
     if constexpr (!std::is_same_v<X, decltype(of_w)>) {
       return Unsupported("attend");
     } else {
-      const X* of_keys = Data<X>(keys) + index * Product(key_shape, 1, 5);
-      const X* of_values = Data<X>(values) + index * Product(value_shape, 1, 5);
+      const X* of_keys = Data<X>(keys) + index * Product(key_shape, 1, key_shape.size());
+      const X* of_values = Data<X>(values) + index * Product(value_shape, 1, value_shape.size());
       auto source = [&](int64_t sequence, int64_t kv_head) {
         return PagedSource<X>{paged, sequence, of_keys + kv_head * key_dim, kv_heads * key_dim, key_dim,
                               of_values + kv_head * stored_value, kv_heads * stored_value, value_dim, shared};

@@ -146,17 +146,26 @@ def linear_by_head(
     return out.reshape(*x.shape[:-1], shape[2])
 
 
+def linear_transposed(x: Float[Array, "*rows K"], table: Float[Array, "N K"]) -> Float[Array, "*rows N"]:
+    """See `ops.linear.linear_transposed`."""
+    check_available()
+    flat = x.reshape(-1, 1, x.shape[-1])
+    shape = jax.ShapeDtypeStruct((flat.shape[0], 1, table.shape[0]), x.dtype)
+    call = jax.ffi.ffi_call(_target("Heads"), shape)
+    return call(flat, jnp.int32(0), table, begin=np.int64(0), transposed=True).reshape(*x.shape[:-1], -1)
+
+
 def grouped_mlp(
     x: Float[Array, "N D"],
     slots: Int[Array, "N K"],
     weights: Float[Array, "N K"],
-    gate_up: Float[Array, "L S D two F"],
-    down: Float[Array, "L S F D"],
+    gate_up: Float[Array, "L *S D two F"],
+    down: Float[Array, "L *S F D"],
     layer: int | Int[Array, ""],
     activation: str,
     weigh_input: bool,
 ) -> Float[Array, "N D"]:
-    """See `ops.grouped_mlp.grouped_mlp`."""
+    """See `ops.grouped_mlp.grouped_mlp`. Stacks of one MLP a layer have no axis S."""
     check_available()
     call = jax.ffi.ffi_call(_target("GroupedMlp"), jax.ShapeDtypeStruct(x.shape, x.dtype))
     return call(
@@ -168,8 +177,8 @@ def grouped_mlp(
 def attend(
     query: Float[Array, "B T H d"],
     positions: Int[Array, "B T"],
-    keys: Float[Array, "L P page Kv d"],
-    values: Float[Array, "L P page Kv _v"],
+    keys: Float[Array, "L P page *_keys"],
+    values: Float[Array, "L P page *_values"],
     layer: int | Int[Array, ""],
     table: Int[Array, "B pages"],
     first: Int[Array, "B"],

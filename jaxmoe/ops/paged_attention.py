@@ -69,7 +69,7 @@ def positions_of(where: Where, page_size: int) -> Int[Array, "B Tk"]:
 def attend(
     query: Float[Array, "B T H d"],
     positions: Int[Array, "B T"],
-    pages: tuple[Float[Array, "_L _P page Kv _w"], ...],
+    pages: tuple[Float[Array, "_L _P page *_vector"], ...],
     where: Where,
     scale: float,
     span: Span,
@@ -78,12 +78,14 @@ def attend(
 ) -> Float[Array, "B T H dv"]:
     """Attention of queries at `positions` (-1: padding, whose rows mean nothing) over what the cache holds.
 
-    pages: of keys and of values, or one array for both. A value is the first dv numbers of what there is for a token.
+    pages: of keys and of values, or one array for both; vectors [Kv, w], or [w] of one head. A value is the first dv
+    numbers of what there is for a token and head.
     Scores and softmax in float32.
     """
     if implementation == "native":
         return native.attend(query, positions, pages[0], pages[-1], *where, scale, span, value_dim)
     held = [read(array, where).astype(query.dtype) for array in pages]
+    held = [array if array.ndim == 4 else array[:, :, None] for array in held]
     mask = causal_mask(positions, positions_of(where, pages[0].shape[2]), span)
     return attention(query, held[0], held[-1][..., :value_dim], mask, scale)
 

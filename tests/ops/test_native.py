@@ -13,7 +13,7 @@ from jaxmoe.errors import ConfigError
 from jaxmoe.ops import native, paged_attention
 from jaxmoe.ops.gating import ACTIVATIONS
 from jaxmoe.ops.grouped_mlp import gated_mlp, grouped_mlp
-from jaxmoe.ops.linear import linear, linear_by_head
+from jaxmoe.ops.linear import linear, linear_by_head, linear_transposed
 from jaxmoe.ops.paged_attention import Where
 from jaxmoe.ops.sampling import greedy
 from jaxmoe.sharding.mesh import MeshSpec, make_mesh
@@ -43,6 +43,11 @@ def assert_alike(pair, dtype="float32"):
 def test_linear(rows, depth, columns, dtype):
     stacks = [normal((2, depth, *columns), dtype, seed, depth**-0.5) for seed in (1, 2)]
     assert_alike(both(linear, normal((rows, depth), dtype), stacks, jnp.int32(LAYER)), dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 50])
+def test_linear_transposed(rows):
+    assert_alike(both(linear_transposed, normal((rows, 600)), normal((77, 600), seed=1, scale=0.04)))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -112,7 +117,8 @@ def test_attention_over_pages(tokens, heads, span, dtype):
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_attention_over_latents_that_all_heads_share(tokens):
     contexts = [100, 7]
-    pages, where = paged(2, contexts, kv_heads=1, width=36, shared=True)
+    (entries,), where = paged(2, contexts, kv_heads=1, width=36, shared=True)
+    pages = (entries[:, :, :, 0],)
     positions = last_positions(contexts, tokens)
     out = both(attend, normal((2, tokens, 130, 36), seed=9), positions, pages, where, value_dim=28)
     assert_alike(seen(out, positions))
