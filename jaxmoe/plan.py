@@ -99,8 +99,9 @@ def run(args: argparse.Namespace) -> int:
     shapes = {"decode": plan.decode, "prefill": plan.prefill}
     steps = {name: step_time(plan, shape, device) for name, shape in shapes.items()}
     others = options(plan, device, plan.spec.num_devices)
+    enough = None if used.fits else smallest(plan, device)
     if args.json:
-        print(json.dumps(report.as_json(plan, device, used, steps, others), indent=2))
+        print(json.dumps(report.as_json(plan, device, used, steps, others, enough), indent=2))
         return 0 if used.fits else 1
     lines = report.title(plan, device) + report.memory_table(plan, used, device)
     for name, step in steps.items():
@@ -110,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(lines), flush=True)
         lines = report.compiled_table(plan, used, args.aot, compile_ahead(plan, chip, topology))
     if not used.fits:
-        lines += ["", *report.verdict(plan, used, smallest(plan, device))]
+        lines += ["", *report.verdict(plan, used, enough)]
     print("\n".join(lines), flush=True)
     return 0 if used.fits else 1
 
