@@ -60,7 +60,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 where the model fits, 1 where it does not, 2 for what cannot be planned."""
+    """0 where the model fits, by the compiler's word too if it is asked; 1 where it does not, 2 for no plan at all."""
     args = parse(argv)
     try:
         return run(args)
@@ -107,13 +107,16 @@ def run(args: argparse.Namespace) -> int:
     for name, step in steps.items():
         lines += report.step_table(name.upper(), plan, shapes[name], step)
     lines += report.meshes_table(plan, others)
+    fits = used.fits
     if args.aot:
         print("\n".join(lines), flush=True)
-        lines = report.compiled_table(plan, used, args.aot, compile_ahead(plan, chip, topology))
+        compiled = compile_ahead(plan, chip, topology)
+        lines = report.compiled_table(plan, used, args.aot, compiled)
+        fits = fits and all(each.needed <= used.limit for each in compiled)
     if not used.fits:
         lines += ["", *report.verdict(plan, used, enough)]
     print("\n".join(lines), flush=True)
-    return 0 if used.fits else 1
+    return 0 if fits else 1
 
 
 def compile_ahead(plan: "Deployment", chip: str, topology: str) -> "list[Compiled]":

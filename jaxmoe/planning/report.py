@@ -171,7 +171,7 @@ def compiled_table(plan: Deployment, memory: Memory, topology: str, compiled: li
         ]
         for (kind, axes), (count, size) in sorted(each.collectives.items()):
             lines.append(f"  {kind:<24}{','.join(axes):<12}{count:>7}{size / MIB:>12.3f}")
-    most = max(each.arguments + each.temporaries + each.output for each in compiled)
+    most = max(each.needed for each in compiled)
     verdict = "fits" if most <= memory.limit else "DOES NOT FIT"
     lines += ["", f"  The larger takes {_gib(most)} of {_gib(memory.limit)} that can be used: {verdict}."]
     return lines
