@@ -60,7 +60,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 where the model fits, 1 where it does not, 2 for what cannot be planned."""
+    """0 where the model fits, by the compiler's word too if it is asked; 1 where it does not, 2 for no plan at all."""
     args = parse(argv)
     try:
         return run(args)
@@ -99,20 +99,24 @@ def run(args: argparse.Namespace) -> int:
     shapes = {"decode": plan.decode, "prefill": plan.prefill}
     steps = {name: step_time(plan, shape, device) for name, shape in shapes.items()}
     others = options(plan, device, plan.spec.num_devices)
+    enough = None if used.fits else smallest(plan, device)
     if args.json:
-        print(json.dumps(report.as_json(plan, device, used, steps, others), indent=2))
+        print(json.dumps(report.as_json(plan, device, used, steps, others, enough), indent=2))
         return 0 if used.fits else 1
     lines = report.title(plan, device) + report.memory_table(plan, used, device)
     for name, step in steps.items():
         lines += report.step_table(name.upper(), plan, shapes[name], step)
     lines += report.meshes_table(plan, others)
+    fits = used.fits
     if args.aot:
         print("\n".join(lines), flush=True)
-        lines = report.compiled_table(plan, used, args.aot, compile_ahead(plan, chip, topology))
+        compiled = compile_ahead(plan, chip, topology)
+        lines = report.compiled_table(plan, used, args.aot, compiled)
+        fits = fits and all(each.needed <= used.limit for each in compiled)
     if not used.fits:
-        lines += ["", *report.verdict(plan, used, smallest(plan, device))]
+        lines += ["", *report.verdict(plan, used, enough)]
     print("\n".join(lines), flush=True)
-    return 0 if used.fits else 1
+    return 0 if fits else 1
 
 
 def compile_ahead(plan: "Deployment", chip: str, topology: str) -> "list[Compiled]":

@@ -4,8 +4,8 @@ import dataclasses
 
 from jaxmoe.errors import ConfigError
 
-# Share of the memory that is free after the weights are loaded, for KV pages: on an accelerator nothing else needs it
-# but the activations; on a CPU the rest of the machine does.
+# Share of the memory that the weights leave, for KV pages: on an accelerator nothing else needs it but the activations;
+# on a CPU the rest of the machine does.
 ACCELERATOR_SHARE, CPU_SHARE = 0.85, 0.25
 
 

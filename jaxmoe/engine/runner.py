@@ -1,6 +1,7 @@
 """Runs a step's plan on the device: packs, launches, and reads the sampled tokens back."""
 
 import bisect
+import math
 import operator
 import os
 
@@ -126,9 +127,10 @@ def free_memory(model: Model) -> int:
     stats = model.mesh.devices.flat[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return int((stats["bytes_limit"] - stats["bytes_in_use"]) * ACCELERATOR_SHARE)
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    share = int(machine * CPU_SHARE) // model.mesh_spec.num_devices
-    # To four binary digits: the size of the cache is part of every program, and what is free changes from start to
-    # start, which would then find none of its programs in the compile cache.
-    step = 1 << max(0, share.bit_length() - 4)
-    return share // step * step
+    # Of what the machine has, not of what is free: the size of the cache is part of every program, and what is free
+    # changes from start to start, which would then find none of its programs in the compile cache.
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // model.mesh_spec.num_devices
+    weights = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(model.params)
+    )
+    return int(max(0, machine - weights) * CPU_SHARE)

@@ -75,6 +75,10 @@ class Compiled(NamedTuple):
     output: int
     collectives: Collectives | None
 
+    @property
+    def needed(self) -> int:
+        return self.arguments + self.temporaries + self.output
+
 
 def compile_step(steps: Executables, shape: StepShape, mesh: Mesh) -> Compiled:
     began = time.monotonic()

@@ -12,6 +12,7 @@ from jaxmoe.planning.roofline import StepTime
 
 MIB, BILLION = 2**20, 1e9
 ROWS_OF_MESHES = 5
+NOTEWORTHY = 1.01  # times as fast; a roofline tells no smaller difference
 
 
 def title(plan: Deployment, device: Device) -> list[str]:
@@ -131,15 +132,18 @@ def meshes_table(plan: Deployment, options: list[Option]) -> list[str]:
             f"{mark} {spec!s:<24}{spec.axes_of_experts:<14}{deployment.limits.max_batch:>7}"
             f"{each.memory.needed / GIB:>8.1f}{each.decode.seconds * 1e3:>11.2f}{pace:>11,.0f}  {bound}"
         )
-    best = options[0]
-    if best.spec == plan.spec and best.memory.fits:
-        lines.append("  No mesh of as many devices decodes faster.")
-    elif best.memory.fits:
-        gain = options[rank].decode.seconds / best.decode.seconds
-        lines.append(f"  {_mesh(best.spec)} would decode {gain:.2f} times as fast.")
-    else:
-        lines.append("  None of them fits.")
-    return lines
+    return [*lines, "  " + _advice(options[rank], options[0])]
+
+
+def _advice(own: Option, best: Option) -> str:
+    gain = own.decode.seconds / best.decode.seconds
+    if not best.memory.fits:
+        return "None of them fits."
+    if not own.memory.fits:
+        return f"{_mesh(best.spec)} fits, and decodes in {best.decode.seconds * 1e3:,.2f} ms."
+    if gain < NOTEWORTHY:
+        return "No mesh of as many devices decodes faster."
+    return f"{_mesh(best.spec)} would decode {gain:.2f} times as fast."
 
 
 def compiled_table(plan: Deployment, memory: Memory, topology: str, compiled: list[Compiled]) -> list[str]:
@@ -167,16 +171,21 @@ def compiled_table(plan: Deployment, memory: Memory, topology: str, compiled: li
         ]
         for (kind, axes), (count, size) in sorted(each.collectives.items()):
             lines.append(f"  {kind:<24}{','.join(axes):<12}{count:>7}{size / MIB:>12.3f}")
-    most = max(each.arguments + each.temporaries + each.output for each in compiled)
+    most = max(each.needed for each in compiled)
     verdict = "fits" if most <= memory.limit else "DOES NOT FIT"
     lines += ["", f"  The larger takes {_gib(most)} of {_gib(memory.limit)} that can be used: {verdict}."]
     return lines
 
 
 def as_json(
-    plan: Deployment, device: Device, memory: Memory, steps: dict[str, StepTime], options: list[Option]
+    plan: Deployment,
+    device: Device,
+    memory: Memory,
+    steps: dict[str, StepTime],
+    options: list[Option],
+    smallest: Option | None,
 ) -> dict[str, Any]:
-    """Bytes and seconds, unrounded."""
+    """Bytes and seconds, unrounded. smallest: the smallest mesh that fits, where this one does not."""
     count = plan.subject.count
     return {
         "model": plan.subject.name,
@@ -206,16 +215,20 @@ def as_json(
             }
             for name, step in steps.items()
         },
-        "meshes": [
-            {
-                "mesh": str(each.spec),
-                "expert_axes": each.spec.axes_of_experts,
-                "fits": each.memory.fits,
-                "needed": each.memory.needed,
-                "decode_seconds": each.decode.seconds,
-            }
-            for each in options
-        ],
+        "meshes": list(map(_option_as_json, options)),
+        "smallest_that_fits": smallest and _option_as_json(smallest),
+    }
+
+
+def _option_as_json(option: Option) -> dict[str, Any]:
+    return {
+        "mesh": str(option.spec),
+        "expert_axes": option.spec.axes_of_experts,
+        "devices": option.spec.num_devices,
+        "sequences_a_rank": option.deployment.limits.max_batch,
+        "fits": option.memory.fits,
+        "needed": option.memory.needed,
+        "decode_seconds": option.decode.seconds,
     }
 
 

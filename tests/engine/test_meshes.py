@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,11 +10,13 @@ import jaxmoe
 from jaxmoe.demo import DEMO_MODELS
 from jaxmoe.errors import ConfigError, MeshError
 from jaxmoe.models.decoder import Execution
+from jaxmoe.moe import routing
 
 SIZES = [each for each in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(each) <= 8]
 LAYOUTS = [(*size, axes) for size in SIZES for axes in ("ep", "dp,ep") if size[0] > 1 or axes == "ep"]
 STRATEGIES = ("auto", "all_to_all", "replicate")
 PROMPT = list(range(5, 45))
+ROUTERS = {"mixtral": "softmax_top_k", "deepseek-v3": "sigmoid_group_top_k", "llama4": "top_k_sigmoid"}
 
 
 def load(name, dp, ep, tp, axes, **options):
@@ -50,6 +53,34 @@ def test_generation_is_the_same_token_for_token(alone, name, mesh, axes, redunda
     execution = Execution(strategy=strategy)
     model = load(name, *mesh, axes, redundant_experts=redundant, execution=execution)
     assert model.greedy(PROMPT, 12) == alone[name][1]
+
+
+def skew_routing(monkeypatch, name, skew):
+    """Makes the model's routers prefer low experts: by Zipf's law, or so that all tokens choose the very same."""
+    original = getattr(routing, ROUTERS[name])
+
+    def route(logits, *rest, **named):
+        rank = jnp.arange(1.0, logits.shape[-1] + 1)
+        if skew == "same experts":
+            return original(logits - 20 * rank, *rest, **named)
+        # Logits as spread as Gumbel noise: the largest of log-probabilities with it is a draw by them.
+        centred = logits - jnp.mean(logits, axis=-1, keepdims=True)
+        noise = 1.28 * centred / (jnp.std(logits, axis=-1, keepdims=True) + 1e-6)
+        return original(noise - 1.2 * jnp.log(rank), *rest, **named)
+
+    monkeypatch.setattr(f"jaxmoe.models.{name.replace('-', '_')}.{ROUTERS[name]}", route)
+
+
+# Queues of four rows a round, so that skew makes many rounds.
+@pytest.mark.parametrize("skew", ["zipf 1.2", "same experts"])
+@pytest.mark.parametrize("name", DEMO_MODELS)
+def test_skewed_routing_gives_the_tokens_of_the_dense_oracle_by_every_strategy(alone, monkeypatch, name, skew):
+    skew_routing(monkeypatch, name, skew)
+    expected = load(name, 1, 1, 1, "ep", execution=Execution(strategy="dense")).greedy(PROMPT, 12)
+    assert expected != alone[name][1]
+    for mesh, axes, strategy in (((1, 8, 1), "ep", "all_to_all"), ((2, 4, 1), "dp,ep", "replicate")):
+        execution = Execution(strategy=strategy, capacity_factor=1e-6)
+        assert load(name, *mesh, axes, execution=execution).greedy(PROMPT, 12) == expected
 
 
 def test_a_model_says_what_a_device_holds_and_what_tp_leaves_whole():

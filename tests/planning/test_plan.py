@@ -32,14 +32,19 @@ def command(capsys, *arguments):
     return code, told.out, told.err
 
 
-@pytest.mark.parametrize("mesh", ["dp=2,ep=8", "ep=32", "dp=8,ep=16", "dp=4,ep=8,tp=4"])
-def test_deepseek_v3_is_planned_on_16_32_and_128_devices_that_are_not_here(capsys, mesh):
+# Copies of the experts, 2 and 8 of them, take the room that one leaves.
+@pytest.mark.parametrize(
+    ("mesh", "fits"),
+    [("dp=2,ep=8", False), ("ep=32", True), ("dp=8,ep=16", False), ("ep=128", True), ("dp=4,ep=8,tp=4", True)],
+)
+def test_deepseek_v3_is_planned_on_16_32_and_128_devices_that_are_not_here(capsys, mesh, fits):
     code, out, err = command(capsys, "--model", "deepseek-v3", "--mesh", mesh, "--device", "h200")
     assert err == ""
     assert "671.0 B parameters, 37.6 B active a token, 11.6 B more predict a token further" in out
     assert all(title in out for title in ("MEMORY", "DECODE: at best", "PREFILL: at best", "MESHES of"))
     assert max(map(len, out.splitlines())) <= 100
-    assert code == (1 if mesh == "dp=2,ep=8" else 0)
+    assert code == (0 if fits else 1)
+    assert ("DOES NOT FIT" in out) != fits
 
 
 def test_what_does_not_fit_is_told_with_the_smallest_mesh_that_does(capsys):
@@ -71,6 +76,33 @@ def test_machines_get_the_same_figures(capsys):
     assert told["memory"]["needed"] == used.needed
     assert told["parameters"]["total"] == 46_702_792_704
     assert {each["kind"] for each in told["steps"]["decode"]["collectives"]} <= {"all-gather", "reduce-scatter"}
+
+
+def test_machines_are_told_the_smallest_mesh_where_this_one_does_not_fit(capsys):
+    arguments = ("--model", "deepseek-v3", "--mesh", "ep=16", "--json")
+    told = json.loads(command(capsys, *arguments)[1])
+    assert not told["fits"]
+    enough = told["smallest_that_fits"]
+    assert enough["fits"]
+    code, out, _ = command(capsys, *arguments, "--mesh", enough["mesh"], "--batch", str(enough["sequences_a_rank"]))
+    assert code == 0
+    assert json.loads(out)["memory"]["needed"] == enough["needed"]
+    assert json.loads(out)["smallest_that_fits"] is None
+
+
+ADVICE = {
+    ("deepseek-v3", "dp=8,ep=16", "h100"): "dp=1,ep=128 fits, and decodes in",
+    ("deepseek-v3", "dp=4,ep=32", "h200"): "dp=1,ep=128 would decode 1.",
+    ("mixtral-8x7b", "ep=8", "h100"): "No mesh of as many devices decodes faster.",
+    ("mixtral-8x7b", "dp=1,ep=1", "h100"): "None of them fits.",
+}
+
+
+@pytest.mark.parametrize("what", ADVICE, ids=" ".join)
+def test_a_better_mesh_is_told_and_no_better_one_made_up(capsys, what):
+    model, mesh, device = what
+    _, out, _ = command(capsys, "--model", model, "--mesh", mesh, "--device", device)
+    assert ADVICE[what] in out.partition("MESHES of")[2]
 
 
 def test_a_folder_is_planned_from_its_config_alone(capsys, tmp_path):

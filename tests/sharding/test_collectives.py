@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 import functools
 
 import jax
@@ -31,9 +32,9 @@ SPREAD = [("dp=2,ep=4", "ep", ("ep",)), ("dp=2,ep=4", "dp,ep", ("dp", "ep")), ("
 
 
 @functools.cache
-def model_on(mesh, axes="ep", family="mixtral", strategy="all_to_all"):
+def model_on(mesh, axes="ep", family="mixtral", strategy="all_to_all", unroll=True):
     # Layers written out, so that every collective of a step stands in its text once.
-    execution = Execution(strategy=strategy, capacity_factor=1.0, unroll=True)
+    execution = Execution(strategy=strategy, capacity_factor=1.0, unroll=unroll)
     return Model(None, mesh, execution=execution, random_weights=FAMILIES[family], expert_axes=axes)
 
 
@@ -90,6 +91,16 @@ def test_replicating_tokens_takes_one_all_gather_and_one_reduce_scatter(mesh, ax
     to, back = shape.row_bytes
     sizes = {"all-gather": shape.devices * shape.tokens * to, "reduce-scatter": shape.tokens * back}
     assert all(one.bytes == sizes[one.kind] for one in found)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("program", ["decode", "prefill"])
+def test_scanned_layers_have_the_collectives_of_layers_written_out(program, family):
+    """As a server runs them: nothing more, in the loop or before it, and no weight of all layers at once."""
+    mesh, axes, _ = SPREAD[0]
+    models = [model_on(mesh, axes, family, unroll=unroll) for unroll in (True, False)]
+    written, scanned = ({dataclasses.replace(one, in_loop=False) for one in compiled(each, program)} for each in models)
+    assert scanned == written
 
 
 def test_sampling_has_no_collectives():
