@@ -83,6 +83,8 @@ def table(programs: Sequence[Program]) -> list[str]:
     for each in rows:
         found = "yes" if each.cached else "no"
         lines.append(f"  {each.title:<44}{each.lowering:>11.2f}{each.compiling:>13.2f}  {found}")
-    lowering, compiling = (sum(times) for times in zip(*((each.lowering, each.compiling) for each in rows), strict=True))
+    lowering, compiling = (
+        sum(times) for times in zip(*((each.lowering, each.compiling) for each in rows), strict=True)
+    )
     lines.append(f"  {f'{len(rows)} programs, several at once':<44}{lowering:>11.2f}{compiling:>13.2f}")
     return lines

@@ -155,9 +155,7 @@ def table(found: Breakdown) -> list[str]:
     lines += ["", f"  {'program':<52}{'runs':>6}{'ms each':>10}{'share':>8}"]
     for program, seconds in of_program.most_common():
         runs = found.runs[program]
-        lines.append(
-            f"  {program:<52}{runs:>6}{seconds / runs * 1e3:>10.3f}{seconds / found.seconds:>8.1%}"
-        )
+        lines.append(f"  {program:<52}{runs:>6}{seconds / runs * 1e3:>10.3f}{seconds / found.seconds:>8.1%}")
     lines += ["", f"  {'scope':<40}{'part':<16}{'ms a step':>10}{'share':>8}"]
     rows = [(scope, "" if scope == NO_SCOPE else part_of(scope), seconds) for scope, seconds in of_scope.most_common()]
     rows += [(BETWEEN, "", found.between), (HOST, "", found.host)]

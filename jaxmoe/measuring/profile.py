@@ -6,7 +6,6 @@ from pathlib import Path
 from jaxmoe.engine.engine import Engine
 from jaxmoe.engine.request import Output, Request
 from jaxmoe.engine.scheduler import RankLoad
-from jaxmoe.errors import ConfigError
 from jaxmoe.measuring import trace
 from jaxmoe.measuring.breakdown import break_down, table
 
@@ -18,13 +17,9 @@ class ProfiledEngine:
     """Serves as `engine` does; of its steps that have work, `steps` are recorded into `folder`, after the first few.
 
     report: told the table by scope once they are.
-    Raises ConfigError if the folder cannot be made or `steps` is no count.
     """
 
     def __init__(self, engine: Engine, folder: Path, steps: int, report: Callable[[str], object]) -> None:
-        if steps < 1:
-            raise ConfigError(f"--profile-steps {steps} must be at least 1")
-        make_folder(folder)
         self._engine, self._folder, self._report = engine, folder, report
         self._number, self._last = 0, PASSED_OVER + steps
         self._recording = False
@@ -62,11 +57,3 @@ class ProfiledEngine:
             trace.stop()
             found = break_down(trace.read(self._folder), self._engine.programs)
             self._report("\n".join([f"profile in {self._folder}:", *table(found)]))
-
-
-def make_folder(folder: Path) -> None:
-    """Raises ConfigError if it cannot be made."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--profile {folder}: {error.strerror}; use a folder that can be written") from error
