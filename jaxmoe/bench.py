@@ -35,7 +35,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--phases",
         default=PHASES,
-        help="what to time: prefill of so many tokens, decode of so many sequences, on each rank (default: %(default)s)",
+        help="what to time on each rank: prefill of so many tokens, decode of so many sequences (default: %(default)s)",
     )
     parser.add_argument("--context", type=int, default=CONTEXT, help="tokens of decoding sequences (%(default)s)")
     parser.add_argument("--prefills", type=int, default=PREFILLS, help="how often a prefill is timed (%(default)s)")
@@ -118,11 +118,13 @@ def profile_phases(args: argparse.Namespace, engine: "Engine", phases: "list[Pha
         timed.append(driver.run(phase, args.context, _times(args, phase)))
         into = folder / f"{phase.kind}-{phase.size}"
         steps = 1 if phase.kind == "prefill" else args.profile_steps
-        driver.run(phase, args.context, steps, trace.step, trace.recording(into))
+        recorded = driver.run(phase, args.context, steps, trace.step, trace.recording(into))
         where = break_down(trace.read(into), engine.programs)
         if machine:
             found.append(
-                floors.floor_of(engine.model, machine, timed[-1], where, args.page_size, args.redundant_experts)
+                floors.floor_of(
+                    engine.model, machine, timed[-1], recorded, where, args.page_size, args.redundant_experts
+                )
             )
         if args.profile:
             print("\n".join([f"{phase}, profile in {into}:", *table(where), ""]), flush=True)

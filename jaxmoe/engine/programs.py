@@ -16,7 +16,7 @@ class Program(NamedTuple):
     """A compiled program and the wall time it took, others being compiled beside it.
 
     name: of its HLO module, by which a profile knows it. lowering: seconds from Python to StableHLO.
-    compiling: seconds from there to machine code, or to finding that in the compile cache. cached: whether it was found.
+    compiling: seconds from there to machine code. cached: whether that was found in the compile cache.
     """
 
     title: str

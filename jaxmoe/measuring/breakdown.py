@@ -6,11 +6,13 @@ import dataclasses
 import functools
 import heapq
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from jaxmoe.engine.programs import Program
 from jaxmoe.measuring.scopes import EXCHANGE, PARTS, part_of, scopes
 from jaxmoe.measuring.trace import Op, Recording
 
+K = TypeVar("K")
 NS = 1e-9
 NO_SCOPE = "(no scope)"
 LONGEST = 8
@@ -53,7 +55,7 @@ class Breakdown:
 def break_down(recording: Recording, programs: Iterable[Program]) -> Breakdown:
     """programs: those that ran, or more. Operations of others count as having no scope."""
     scopes_of = _ScopesOf(programs)
-    found: collections.Counter[tuple[str, str, str]] = collections.Counter()
+    found: collections.defaultdict[tuple[str, str, str], float] = collections.defaultdict(float)
     runs: collections.defaultdict[str, set[int]] = collections.defaultdict(set)
     starts = [op.start for op in recording.ops]
     busy = active = 0.0
@@ -147,23 +149,26 @@ def table(found: Breakdown) -> list[str]:
     if not found.steps:
         return ["  no step was recorded"]
     lines = [f"  {found.steps} steps of {found.seconds / found.steps * 1e3:.3f} ms"]
-    of_program: collections.Counter[str] = collections.Counter()
-    of_scope: collections.Counter[str] = collections.Counter()
+    of_program: collections.defaultdict[str, float] = collections.defaultdict(float)
+    of_scope: collections.defaultdict[str, float] = collections.defaultdict(float)
     for (program, scope, _), seconds in found.ops.items():
         of_program[program] += seconds
         of_scope[scope or NO_SCOPE] += seconds
     lines += ["", f"  {'program':<52}{'runs':>6}{'ms each':>10}{'share':>8}"]
-    for program, seconds in of_program.most_common():
+    for program, seconds in _longest(of_program):
         runs = found.runs[program]
         lines.append(f"  {program:<52}{runs:>6}{seconds / runs * 1e3:>10.3f}{seconds / found.seconds:>8.1%}")
     lines += ["", f"  {'scope':<40}{'part':<16}{'ms a step':>10}{'share':>8}"]
-    rows = [(scope, "" if scope == NO_SCOPE else part_of(scope), seconds) for scope, seconds in of_scope.most_common()]
+    rows = [(scope, "" if scope == NO_SCOPE else part_of(scope), seconds) for scope, seconds in _longest(of_scope)]
     rows += [(BETWEEN, "", found.between), (HOST, "", found.host)]
     for scope, part, seconds in rows:
         lines.append(f"  {scope:<40}{part:<16}{seconds / found.steps * 1e3:>10.3f}{seconds / found.seconds:>8.1%}")
-    lines += ["", f"  {'operation':<56}{'ms a step':>10}{'share':>8}  scope"]
-    for (program, scope, name), seconds in collections.Counter(found.ops).most_common(LONGEST):
-        lines.append(
-            f"  {f'{name} of {program}':<56}{seconds / found.steps * 1e3:>10.3f}{seconds / found.seconds:>8.1%}  {scope}"
-        )
+    lines += ["", f"  {'operation':<72}{'ms a step':>10}{'share':>8}  scope"]
+    for (program, scope, name), seconds in _longest(found.ops)[:LONGEST]:
+        each, share = seconds / found.steps * 1e3, seconds / found.seconds
+        lines.append(f"  {f'{name} of {program}':<72}{each:>10.3f}{share:>8.1%}  {scope}")
     return lines
+
+
+def _longest(seconds: Mapping[K, float]) -> list[tuple[K, float]]:
+    return sorted(seconds.items(), key=lambda item: -item[1])

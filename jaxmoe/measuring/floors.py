@@ -39,11 +39,12 @@ class Needed:
 class Floor:
     """A phase as measured, and as it would be on this machine if nothing but the needful were done.
 
-    parts: of the model, and what each needs. found: where the time of recorded steps went; these may be slower than
-        the `timed` ones, since recording takes time itself.
+    parts: of the model, and what each needs. found: where the time of the `recorded` steps went, which are slower than
+        the `timed` ones by what recording takes.
     """
 
     timed: Timed
+    recorded: Timed
     step: StepTime
     parts: dict[str, Needed]
     found: Breakdown
@@ -63,12 +64,23 @@ class Floor:
         return self.taken / self.needed.seconds
 
     @property
+    def slowdown(self) -> float:
+        """By recording."""
+        return statistics.median(self.recorded.seconds) / self.taken
+
+    @property
     def tokens_per_second(self) -> float:
         return self.timed.tokens / self.taken
 
 
 def floor_of(
-    model: Model, machine: Machine, timed: Timed, found: Breakdown, page_size: int, redundant_experts: int = 0
+    model: Model,
+    machine: Machine,
+    timed: Timed,
+    recorded: Timed,
+    found: Breakdown,
+    page_size: int,
+    redundant_experts: int = 0,
 ) -> Floor:
     """Weights are read once, but of experts only those that routing is expected to choose; each key and value once.
 
@@ -94,7 +106,7 @@ def floor_of(
         )
     norms = [part for part in step.parts if part.name == "norms"]
     parts["other"] = Needed(sum(part.bytes for part in norms) * devices, 0.0, sum(map(step.of_part, norms)))
-    return Floor(timed, step, parts, found)
+    return Floor(timed, recorded, step, parts, found)
 
 
 def caches_note(machine: Machine, model: Model) -> str:
@@ -129,7 +141,8 @@ def parts_table(floor: Floor) -> list[str]:
     found, timed = floor.found, floor.timed
     lines = [
         f"{timed.phase}, {timed.context:,} tokens of context: bound by {floor.step.bound}"
-        + (f", {floor.step.active_slots:.1f} expert slots a layer and device" if floor.step.active_slots else ""),
+        + (f", {floor.step.active_slots:.1f} expert slots a layer and device" if floor.step.active_slots else "")
+        + f"; recording took {floor.slowdown:.2f} times as long",
         f"  {'part':<20}{'MB':>10}{'GFLOP':>10}{'floor, ms':>11}{'taken, ms':>11}{'ratio':>8}{'share':>8}",
     ]
     for name, share in found.shares.items():

@@ -58,7 +58,7 @@ class Machine:
 def measure_machine() -> Machine:
     """Takes some seconds, and a quarter of free memory at most. The best of several tries: others may be at work."""
     device = jax.devices()[0]
-    cache = largest_cache() if device.platform == "cpu" else 0
+    cache = largest_cache(CACHES) if device.platform == "cpu" else 0
     size = min(max(STREAMED, 4 * cache), _free() // 4 if device.platform == "cpu" else STREAMED)
     row = size // ROWS // 4
     array = jax.device_put(jnp.ones((ROWS, row), jnp.float32), device)
@@ -84,7 +84,7 @@ def _best(fn: Callable[[jax.Array], jax.Array], array: jax.Array) -> float:
     return min(times)
 
 
-def largest_cache(folder: Path = CACHES) -> int:
+def largest_cache(folder: Path) -> int:
     """Bytes of a processor's largest cache, as Linux tells; 0 where nothing does."""
     sizes = []
     for file in folder.glob("index*/size"):

@@ -11,6 +11,7 @@ _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.-]+) = ")
 _OP_NAME = re.compile(r'\bop_name="(?P<path>[^"]*)"')
 _CALLED = re.compile(r"\b(?:condition|body|to_apply|calls|\w+_computations?)=(\{[^}]*\}|%?[\w.-]+)")
 _NAME = re.compile(r"[\w.-]+")
+_OPERAND = re.compile(r"%([\w.-]+)")
 _COLLECTIVE = re.compile(rf" (?:{'|'.join(KINDS)})(?:-start|-done)?\(")
 # What JAX's own control flow adds to a path; the path's last component is the primitive.
 _CONTROL = re.compile(r"while|body|cond|branch_\d+_fun|scan|closed_call|core_call|shard_map|pjit|checkpoint|remat\d?")
@@ -30,57 +31,53 @@ def scope_of(op_name: str) -> str:
     >>> scope_of("jit(forward)/while/body/closed_call/layer/attention/btd,dhk->bthk/dot_general")
     'layer/attention'
     """
-    names = op_name.split("/")[:-1]
+    # Of operations that were merged into one, the first is as good as any.
+    names = op_name.split(";")[0].split("/")[:-1]
     return "/".join(name for name in names if name.isidentifier() and not _CONTROL.fullmatch(name))
 
 
 def scopes(hlo: str) -> dict[str, str]:
     """The scope of every instruction in `jax.stages.Compiled.as_text()`, by its name.
 
-    Collectives have the scope EXCHANGE inside theirs. What the compiler made and gave no name, a copy for instance,
-    belongs to the loop or branch that it runs in.
+    Collectives have the scope EXCHANGE inside theirs. An instruction that the compiler made and gave no name, as it
+    does to many matmuls and copies, has the innermost scope among those whose results it takes and those that take
+    its own; if they have none, that of the loop or branch it runs in.
     """
-    found: dict[str, str | None] = {}
+    named: dict[str, str] = {}
+    inside: dict[str, str] = {}
+    neighbours: dict[str, list[str]] = collections.defaultdict(list)
+    callers: dict[str, str] = {}
     exchanges: set[str] = set()
-    inside: dict[str, str] = {}  # computation of each instruction
-    callers: dict[str, str] = {}  # an instruction that runs each computation
     computation = ""
     for line in hlo.splitlines():
         if header := _COMPUTATION.match(line):
             computation = header["name"]
         elif match := _INSTRUCTION.match(line):
             name = match["name"]
-            path = _OP_NAME.search(line)
-            found[name] = None if path is None else scope_of(path["path"])
             inside[name] = computation
+            if path := _OP_NAME.search(line):
+                named[name] = scope_of(path["path"])
             if _COLLECTIVE.search(line):
                 exchanges.add(name)
-            for names in _CALLED.findall(line):
-                callers |= dict.fromkeys(_NAME.findall(names), name)
-    of_computation = _most_common_scopes(found, inside)
-    called = {caller: computation for computation, caller in callers.items()}
+            for operand in _OPERAND.findall(line, match.end()):
+                # What is not there yet is a computation: operands come first.
+                if inside.get(operand) == computation:
+                    neighbours[name].append(operand)
+                    neighbours[operand].insert(0, name)
+            for called in _CALLED.findall(line):
+                callers |= dict.fromkeys(_NAME.findall(called), name)
 
-    def resolve(name: str) -> str:
-        while found[name] is None:
-            own = of_computation.get(called.get(name, ""))
-            caller = callers.get(inside[name])
-            if own is not None:
-                return own
-            if caller is None:
-                return ""
-            name = caller
-        return found[name] or ""
+    def depth(scope: str) -> int:
+        return len(scope.split("/")) if scope else 0
 
-    return {name: f"{resolve(name)}/{EXCHANGE}" if name in exchanges else resolve(name) for name in found}
+    def scope(name: str) -> str:
+        if name in named:
+            return named[name]
+        nearby = max((named.get(other, "") for other in neighbours[name]), key=depth, default="")
+        caller = callers.get(inside[name])
+        return nearby or (scope(caller) if caller else "")
 
-
-def _most_common_scopes(found: Mapping[str, str | None], inside: Mapping[str, str]) -> dict[str, str]:
-    """By computation; only of those in which anything has a scope."""
-    counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    for name, scope in found.items():
-        if scope:
-            counts[inside[name]][scope] += 1
-    return {computation: count.most_common(1)[0][0] for computation, count in counts.items()}
+    return {name: "/".join(filter(None, [scope(name), EXCHANGE if name in exchanges else ""])) for name in inside}
 
 
 def part_of(scope: str) -> str:
