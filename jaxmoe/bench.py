@@ -133,7 +133,7 @@ def profile_phases(args: argparse.Namespace, engine: "Engine", phases: "list[Pha
         return
     for each in found:
         print("\n".join([*floors.parts_table(each), ""]))
-    print("\n".join([machine.describe(), *filter(None, [floors.caches_note(machine, engine.model)])]))
+    print("\n".join([machine.describe(), *floors.cache_notes(machine, engine.model)]))
     print("\n".join(floors.summary_table(found)))
 
 

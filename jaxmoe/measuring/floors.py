@@ -109,29 +109,30 @@ def floor_of(
     return Floor(timed, recorded, step, parts, found)
 
 
-def caches_note(machine: Machine, model: Model) -> str:
-    """A warning where weights may never leave a cache, so that memory's bandwidth is no floor; else ""."""
+def cache_notes(machine: Machine, model: Model) -> list[str]:
+    """Warnings where a cache may hold the weights, so that memory's bandwidth is no floor, or what measured it."""
     weights = model.num_parameters * model.dtype.itemsize
-    if not machine.cache or weights > machine.cache:
-        return ""
-    return (
-        f"The largest cache ({machine.cache / MB:,.0f} MB) may hold the model's weights ({weights / MB:,.0f} MB): "
-        "steps can be quicker than memory allows."
-    )
+    cache = f"The largest cache ({machine.cache / MB:,.0f} MB)"
+    notes = []
+    if weights <= machine.cache:
+        notes.append(f"{cache} may hold the weights ({weights / MB:,.0f} MB): steps can be quicker than memory allows.")
+    if machine.streamed < 2 * machine.cache:
+        notes.append(f"{cache} may hold much of what was read to measure the bandwidth: memory may be slower.")
+    return notes
 
 
 def summary_table(floors: Sequence[Floor]) -> list[str]:
     """A row a phase."""
     lines = [
-        f"  {'phase':<26}{'MB':>10}{'GFLOP':>9}{'floor, ms':>11}{'taken, ms':>11}{'from':>9}{'to':>9}{'ratio':>7}"
-        f"{'tokens/s':>10}"
+        f"  {'phase':<26}{'MB':>10}{'GFLOP':>9}{'floor, ms':>11}{'taken, ms':>12}{'from':>11}{'to':>11}"
+        f"{'ratio':>7}{'tokens/s':>10}"
     ]
     for each in floors:
         needed, seconds = each.needed, each.timed.seconds
         lines.append(
             f"  {each.timed.phase!s:<26}{needed.bytes / MB:>10,.1f}{needed.flops / GB:>9,.2f}"
-            f"{needed.seconds * 1e3:>11.3f}{each.taken * 1e3:>11.3f}{min(seconds) * 1e3:>9.3f}"
-            f"{max(seconds) * 1e3:>9.3f}{each.ratio:>7.2f}{each.tokens_per_second:>10,.0f}"
+            f"{needed.seconds * 1e3:>11.3f}{each.taken * 1e3:>12.3f}{min(seconds) * 1e3:>11.3f}"
+            f"{max(seconds) * 1e3:>11.3f}{each.ratio:>7.2f}{each.tokens_per_second:>10,.0f}"
         )
     return lines
 
@@ -142,7 +143,7 @@ def parts_table(floor: Floor) -> list[str]:
     lines = [
         f"{timed.phase}, {timed.context:,} tokens of context: bound by {floor.step.bound}"
         + (f", {floor.step.active_slots:.1f} expert slots a layer and device" if floor.step.active_slots else "")
-        + f"; recording took {floor.slowdown:.2f} times as long",
+        + f"; {floor.slowdown:.2f} times as long while recorded",
         f"  {'part':<20}{'MB':>10}{'GFLOP':>10}{'floor, ms':>11}{'taken, ms':>11}{'ratio':>8}{'share':>8}",
     ]
     for name, share in found.shares.items():

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxmoe.moe.strategy import LINKS, Link
 from jaxmoe.planning.hardware import GB, GIB, Device
 
-CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+CACHES, MEMORY = Path("/sys/devices/system/cpu/cpu0/cache"), Path("/proc/meminfo")
 TIMES = 5
 STREAMED = 2**30  # bytes, unless a cache asks for more or memory for less
 ROWS = 512  # of the array that is read: each is one thread's
@@ -94,4 +94,9 @@ def largest_cache(folder: Path) -> int:
 
 
 def _free() -> int:
+    """Bytes of memory that a program can have; on Linux with what the page cache would give up."""
+    for line in MEMORY.read_text().splitlines() if MEMORY.exists() else []:
+        name, _, size = line.partition(":")
+        if name == "MemAvailable":
+            return int(size.split()[0]) * SUFFIXES["K"]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")

@@ -1,5 +1,6 @@
 """An engine that records some of its steps for whoever wants to know where the time goes."""
 
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -16,13 +17,14 @@ PASSED_OVER = 4
 class ProfiledEngine:
     """Serves as `engine` does; of its steps that have work, `steps` are recorded into `folder`, after the first few.
 
-    report: told the table by scope once they are.
+    report: told the table by scope once they are, by a thread of its own.
     """
 
     def __init__(self, engine: Engine, folder: Path, steps: int, report: Callable[[str], object]) -> None:
         self._engine, self._folder, self._report = engine, folder, report
         self._number, self._last = 0, PASSED_OVER + steps
         self._recording = False
+        self._summing_up: threading.Thread | None = None
 
     @property
     def has_work(self) -> bool:
@@ -47,13 +49,24 @@ class ProfiledEngine:
         with trace.step(self._number):
             outputs = self._engine.step()
         if self._number == self._last:
-            self.close()
+            self._stop()
         return outputs
 
     def close(self) -> None:
-        """Ends a recording that is under way, whatever it has."""
-        if self._recording:
-            self._recording = False
-            trace.stop()
-            found = break_down(trace.read(self._folder), self._engine.programs)
-            self._report("\n".join([f"profile in {self._folder}:", *table(found)]))
+        """Ends a recording that is under way, whatever it has, and waits until it has been reported."""
+        self._stop()
+        if self._summing_up:
+            self._summing_up.join()
+
+    def _stop(self) -> None:
+        if not self._recording:
+            return
+        self._recording = False
+        trace.stop()
+        # Reading a recording takes seconds, many on a large mesh: beside the steps, which clients wait for.
+        self._summing_up = threading.Thread(target=self._sum_up)
+        self._summing_up.start()
+
+    def _sum_up(self) -> None:
+        found = break_down(trace.read(self._folder), self._engine.programs)
+        self._report("\n".join([f"profile in {self._folder}:", *table(found)]))

@@ -1,7 +1,9 @@
+import dataclasses
+
 import pytest
 
 from jaxmoe.measuring.breakdown import Breakdown
-from jaxmoe.measuring.floors import caches_note, floor_of, parts_table, summary_table
+from jaxmoe.measuring.floors import cache_notes, floor_of, parts_table, summary_table
 from jaxmoe.measuring.machine import Machine
 from jaxmoe.measuring.phases import Phase, Timed
 
@@ -58,5 +60,11 @@ def test_the_tables_tell_medians_ratios_and_where_the_time_goes(model):
 
 
 def test_weights_that_a_cache_may_hold_are_warned_of(model):
-    assert "can be quicker than memory allows" in caches_note(MACHINE, model)
-    assert caches_note(Machine("cpu", "cpu", 1.0, {}, cache=2**20, streamed=0), model) == ""
+    (note,) = cache_notes(MACHINE, model)
+    assert "may hold the weights (17 MB): steps can be quicker than memory allows" in note
+    assert cache_notes(dataclasses.replace(MACHINE, cache=2**20), model) == []
+
+
+def test_a_bandwidth_measured_in_a_cache_is_warned_of(model):
+    (note,) = cache_notes(dataclasses.replace(MACHINE, cache=2**20, streamed=2**20), model)
+    assert "memory may be slower" in note

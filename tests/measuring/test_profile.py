@@ -48,6 +48,7 @@ def test_a_profiled_engine_records_the_steps_after_the_first_few_and_changes_no_
     said = []
     profiled = ProfiledEngine(engine, tmp_path, 3, said.append)
     assert ask(profiled, 12) == expected
+    profiled.close()
     assert not profiled.has_work
     assert len(said) == 1
     assert "3 steps of" in said[0]
