@@ -8,7 +8,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from jaxmoe.engine.config import EngineConfig
+from jaxmoe.errors import ConfigError
+
 COMPILE_CACHE = Path.home() / ".cache" / "jaxmoe" / "compiled"
+PROFILE_STEPS = 32
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +34,72 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         default=str(COMPILE_CACHE),
         help="where compiled programs are kept for the next start; '' keeps none (default: %(default)s)",
+    )
+
+
+def add_random_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--random-weights",
+        metavar="PRESET",
+        help="a published model with weights drawn at random instead, scaled down as told: "
+        "NAME[:scale=N][,key=value...], for example deepseek-v3:scale=16,num_hidden_layers=6",
+    )
+
+
+def add_limit_arguments(parser: argparse.ArgumentParser) -> None:
+    """The limits within which an engine batches; see `engine_config`."""
+    limits = EngineConfig()
+    parser.add_argument(
+        "--max-batch", type=int, default=limits.max_batch, help="sequences at once on a rank (%(default)s)"
+    )
+    parser.add_argument(
+        "--max-context", type=int, help="tokens of prompt and answer together (default: the model's limit)"
+    )
+    parser.add_argument(
+        "--max-prefill-tokens",
+        type=int,
+        default=limits.max_prefill_tokens,
+        help="prompt tokens a step on a rank (%(default)s)",
+    )
+    parser.add_argument("--page-size", type=int, default=limits.page_size, help="tokens of a KV page (%(default)s)")
+    parser.add_argument("--kv-pages", type=int, help="KV pages of a rank (default: from memory, full batch at most)")
+
+
+def add_profile_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--profile",
+        metavar="DIR",
+        type=Path,
+        help="record steps into DIR, for TensorBoard and Perfetto, and sum them up",
+    )
+    parser.add_argument(
+        "--profile-steps", type=int, default=PROFILE_STEPS, help="how many of them (default: %(default)s)"
+    )
+
+
+def profile_folder(args: argparse.Namespace) -> Path | None:
+    """Where `--profile` asks to record, made if need be. Raises ConfigError if that cannot be."""
+    if args.profile is None:
+        return None
+    if args.profile_steps < 1:
+        raise ConfigError(f"--profile-steps {args.profile_steps} must be at least 1")
+    try:
+        args.profile.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--profile {args.profile}: {error.strerror}; name a folder that can be written") from error
+    folder: Path = args.profile
+    return folder
+
+
+def engine_config(args: argparse.Namespace, **options: Any) -> EngineConfig:
+    """From the arguments of `add_limit_arguments`, with further fields. Raises ConfigError."""
+    return EngineConfig(
+        page_size=args.page_size,
+        pages_per_rank=args.kv_pages,
+        max_batch=args.max_batch,
+        max_context=args.max_context,
+        max_prefill_tokens=args.max_prefill_tokens,
+        **options,
     )
 
 

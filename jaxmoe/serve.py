@@ -1,11 +1,22 @@
 """`python -m jaxmoe.serve`: a checkpoint as a gRPC service (vllm.grpc.engine.VllmEngine) that streams tokens."""
 
 import argparse
+import contextlib
 import logging
 import sys
 import time
 
-from jaxmoe.cli import StartProgress, add_model_arguments, model_options, use_compile_cache
+from jaxmoe.cli import (
+    StartProgress,
+    add_limit_arguments,
+    add_model_arguments,
+    add_profile_arguments,
+    add_random_weights,
+    engine_config,
+    model_options,
+    profile_folder,
+    use_compile_cache,
+)
 from jaxmoe.engine.config import EngineConfig
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.serving import server
@@ -16,12 +27,7 @@ from jaxmoe.serving.link import ModelInfo
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m jaxmoe.serve", description=__doc__)
     add_model_arguments(parser)
-    parser.add_argument(
-        "--random-weights",
-        metavar="PRESET",
-        help="serve a published model with weights drawn at random instead, scaled down as told: "
-        "NAME[:scale=N][,key=value...], for example deepseek-v3:scale=16,num_hidden_layers=6",
-    )
+    add_random_weights(parser)
     parser.add_argument("--served-model-name", help="the name told to clients (default: the folder's)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=50051, help="0 takes a free one (default: %(default)s)")
@@ -31,27 +37,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="allow a --host beyond this machine, unencrypted, without authentication",
     )
     parser.add_argument("--no-reflection", action="store_true", help="do not describe the services to clients that ask")
-    engine = EngineConfig()
-    parser.add_argument(
-        "--max-batch", type=int, default=engine.max_batch, help="sequences at once on a rank (%(default)s)"
-    )
-    parser.add_argument(
-        "--max-context", type=int, help="tokens of prompt and answer together (default: the model's limit)"
-    )
-    parser.add_argument(
-        "--max-queue", type=int, default=engine.max_queue, help="waiting requests, over all (%(default)s)"
-    )
-    parser.add_argument(
-        "--max-prefill-tokens",
-        type=int,
-        default=engine.max_prefill_tokens,
-        help="prompt tokens a step on a rank (%(default)s)",
-    )
-    parser.add_argument("--page-size", type=int, default=engine.page_size, help="tokens of a KV page (%(default)s)")
-    parser.add_argument("--kv-pages", type=int, help="KV pages of a rank (default: from memory, full batch at most)")
+    add_limit_arguments(parser)
+    queue = EngineConfig().max_queue
+    parser.add_argument("--max-queue", type=int, default=queue, help="waiting requests, over all (%(default)s)")
     parser.add_argument(
         "--drain-timeout", type=float, default=30.0, help="seconds to finish after SIGTERM (%(default)s)"
     )
+    add_profile_arguments(parser)
     parser.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"))
     args = parser.parse_args(argv)
     if args.model and args.random_weights:
@@ -64,6 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     began = time.monotonic()
 
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
     def build_engine(report: server.Report) -> tuple[EngineLike, ModelInfo]:
         # Imported once the port is open: JAX takes a second.
         from jaxmoe.api import load
@@ -74,7 +69,8 @@ def main(argv: list[str] | None = None) -> int:
         report("loading weights")
         model = load(args.model, random_weights=args.random_weights, progress=progress, **model_options(args))
         engine = Engine(model, config, progress)
-        print(f"{model.describe()}; {engine.describe()}", file=sys.stderr, flush=True)
+        say(f"{model.describe()}; {engine.describe()}")
+        say(engine.describe_programs())
         info = ModelInfo(
             model_path=str(model.folder.resolve()) if model.folder else "",
             served_model_name=args.served_model_name or model.name,
@@ -93,29 +89,27 @@ def main(argv: list[str] | None = None) -> int:
             dtype=args.dtype,
             default_sampling_params=model.recommended_sampling,
         )
-        return engine, info
+        if folder is None:
+            return engine, info
+        from jaxmoe.measuring.profile import ProfiledEngine
+
+        profiled = ProfiledEngine(engine, folder, args.profile_steps, say)
+        ending.callback(profiled.close)
+        return profiled, info
 
     try:
-        config = EngineConfig(
-            page_size=args.page_size,
-            pages_per_rank=args.kv_pages,
-            max_batch=args.max_batch,
-            max_context=args.max_context,
-            max_prefill_tokens=args.max_prefill_tokens,
-            max_queue=args.max_queue,
-        )
-        return server.run(
-            build_engine,
-            host=args.host,
-            port=args.port,
-            insecure_bind=args.insecure_bind,
-            reflection=not args.no_reflection,
-            drain_timeout=args.drain_timeout,
-            on_bound=lambda address: print(f"listening on {address}, not ready yet", file=sys.stderr, flush=True),
-            on_ready=lambda address: print(
-                f"ready on {address} after {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True
-            ),
-        )
+        config, folder = engine_config(args, max_queue=args.max_queue), profile_folder(args)
+        with contextlib.ExitStack() as ending:
+            return server.run(
+                build_engine,
+                host=args.host,
+                port=args.port,
+                insecure_bind=args.insecure_bind,
+                reflection=not args.no_reflection,
+                drain_timeout=args.drain_timeout,
+                on_bound=lambda address: say(f"listening on {address}, not ready yet"),
+                on_ready=lambda address: say(f"ready on {address} after {time.monotonic() - began:.1f} s"),
+            )
     except JaxmoeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -6,7 +6,19 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-FLOORS = ["", "sharding", "ops", "moe", "models", "checkpoints", "engine", "planning", "serving", "front doors"]
+FLOORS = [
+    "",
+    "sharding",
+    "ops",
+    "moe",
+    "models",
+    "checkpoints",
+    "engine",
+    "planning",
+    "measuring",
+    "serving",
+    "front doors",
+]
 GROUND = {"jaxmoe.errors", "jaxmoe.axes", "jaxmoe.spans"}
 HOST_SIDE = {f"jaxmoe.engine.{name}" for name in ("config", "request", "block_pool", "pages", "scheduler")}
 SEEN_BY_SERVING = {f"jaxmoe.engine{name}" for name in ("", ".config", ".request", ".engine")}

@@ -8,6 +8,7 @@ from collections.abc import Generator, Sequence
 from jaxmoe.engine.config import EngineConfig
 from jaxmoe.engine.model import Model, Progress, no_progress
 from jaxmoe.engine.pages import PageGroup
+from jaxmoe.engine.programs import Program
 from jaxmoe.engine.request import Output, Request, SamplingParams
 from jaxmoe.engine.runner import Runner
 from jaxmoe.engine.scheduler import RankLoad, Scheduler
@@ -64,6 +65,15 @@ class Engine:
     def late_compiles(self) -> int:
         """Programs compiled after warm-up; 0 unless a step had a shape that no bucket foresaw."""
         return self._runner.executables.late_compiles
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """What has been compiled so far."""
+        return tuple(self._runner.executables.programs)
+
+    def describe_programs(self) -> str:
+        """One line for a log: what start-up compiled and what it cost; "" without a warm-up."""
+        return self._runner.executables.describe()
 
     @property
     def num_preemptions(self) -> int:

@@ -2,7 +2,8 @@
 
 import functools
 import logging
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from jaxmoe.axes import Hidden
 from jaxmoe.engine.batch import Batch, Packing, Sampling, StepShape
 from jaxmoe.engine.model import Progress, no_progress
+from jaxmoe.engine.programs import Program, build, summary
 from jaxmoe.models.config import ModelConfig
 from jaxmoe.models.decoder import RANK_ROWS, Decoder, Execution, merge
 from jaxmoe.models.kv_cache import CacheShapes, KVCache, PagedContext
@@ -54,6 +56,8 @@ class Executables:
     A step is two programs: the forward pass, one for each shape, and sampling, one for each number of sequences; apart,
     because sampling is a third of the code and does not depend on how much context there is.
     Without a warm-up each program is compiled when it is first needed.
+
+    programs: what was compiled, in the order in which it was done.
     """
 
     def __init__(self, model: Steppable, cache: KVCache | CacheShapes, packing: Packing) -> None:
@@ -64,10 +68,13 @@ class Executables:
         self._sample: dict[int, Any] = {}
         self._options = CPU_OPTIONS if model.mesh.devices.flat[0].platform == "cpu" else None
         self._warm = False
+        self._warm_up_seconds = 0.0
         self.late_compiles = 0
+        self.programs: list[Program] = []
 
     def warm_up(self, shapes: Iterable[StepShape], progress: Progress = no_progress) -> None:
         """Compiles every shape, several at once."""
+        began = time.monotonic()
         shapes = list(shapes)
         batches = sorted({shape.batch for shape in shapes})
         with ThreadPoolExecutor(COMPILE_THREADS) as pool:
@@ -80,6 +87,11 @@ class Executables:
                     self._sample[sampling[job]] = job.result()
                 progress("compiling", done, len(forward) + len(sampling))
         self._warm = True
+        self._warm_up_seconds = time.monotonic() - began
+
+    def describe(self) -> str:
+        """One line for a log: what the warm-up compiled and what it cost; "" without one."""
+        return summary(self.programs, self._warm_up_seconds) if self._warm else ""
 
     def __call__(
         self, shape: StepShape, cache: KVCache, packed: Int[np.ndarray, "R words"]
@@ -113,17 +125,28 @@ class Executables:
             return written.cache, logits.astype(jnp.float32), batch.sampling
 
         words = self._on_ranks((packing.words(shape),), jnp.int32)
-        with jax.set_mesh(model.mesh):
-            lowered = jax.jit(forward, donate_argnums=2).lower(model.params, model.placement, self._cache_shape, words)
-        return lowered.compile(self._options)
+        return self._build(str(shape), forward, 2, model.params, model.placement, self._cache_shape, words)
 
     def compile_sampling(self, batch: int) -> Any:
         """The sampling program of one number of sequences a rank."""
         logits = self._on_ranks((batch, self._model.config.vocab_size), jnp.float32)
         fields = jax.tree.map(lambda dtype: self._on_ranks((batch,), dtype), SAMPLING_DTYPES)
+        run = functools.partial(sample_ranks, kernels=self._model.execution.kernels)
+        return self._build(f"sampling batch={batch}", run, (), logits, fields)
+
+    def _build(self, title: str, fn: Callable[..., Any], donated: int | tuple[()], *arguments: Any) -> Any:
+        def lower(name: str) -> jax.stages.Lowered:
+            def named(*args: Any) -> Any:
+                return fn(*args)
+
+            # Profiles tell programs apart by their names alone.
+            named.__name__ = name
+            return jax.jit(named, donate_argnums=donated).lower(*arguments)
+
         with jax.set_mesh(self._model.mesh):
-            run = functools.partial(sample_ranks, kernels=self._model.execution.kernels)
-            return jax.jit(run).lower(logits, fields).compile(self._options)
+            program = build(title, lower, self._options)
+        self.programs.append(program)
+        return program.compiled
 
     def _on_ranks(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         spec = P(RANKS, *(None for _ in shape))
@@ -136,7 +159,7 @@ class Executables:
             log.error("compiling after warm-up: %s; no warmed-up shape fits this step", program)
 
 
-def _abstract(leaf: Array) -> jax.ShapeDtypeStruct:
+def _abstract(leaf: Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
@@ -168,5 +191,6 @@ def sample_ranks(logits: Float[Array, "R B V"], sampling: Sampling, kernels: Ker
         tokens, logprobs = sample(logits[0], *own, implementation=kernels)
         return jnp.stack([tokens, jax.lax.bitcast_convert_type(logprobs, jnp.int32)], axis=-1)[None]
 
-    run = jax.shard_map(local, in_specs=(RANK_ROWS, PACKED), out_specs=RANK_ROWS, check_vma=False)
-    return run(logits, sampling)
+    with jax.named_scope("sampling"):
+        run = jax.shard_map(local, in_specs=(RANK_ROWS, PACKED), out_specs=RANK_ROWS, check_vma=False)
+        return run(logits, sampling)

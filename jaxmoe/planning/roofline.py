@@ -12,6 +12,7 @@ from jaxmoe.planning.collectives import Exchange, exchanges
 from jaxmoe.planning.deployment import Deployment
 from jaxmoe.planning.hardware import Device
 from jaxmoe.planning.memory import KINDS, kind_of
+from jaxmoe.spans import FULL
 
 
 class Part(NamedTuple):
@@ -162,5 +163,9 @@ def _attended(deployment: Deployment, shape: StepShape) -> tuple[float, float]:
             absorbed = absorbs(dims, shape.tokens, keys)
             each = numbers + dims.kv_lora_rank if absorbed else dims.nope_dim + dims.rope_dim + dims.value_dim
         read += layers * shape.batch * keys * numbers * deployment.itemsize
-        operations += layers * 2 * shape.batch * shape.tokens * keys * heads * each
+        # Each token sees one key more than the token before it, the last of them all; none more than its span.
+        pairs = shape.tokens * keys - shape.tokens * (shape.tokens - 1) // 2
+        if span != FULL:
+            pairs = min(pairs, shape.tokens * span.size)
+        operations += layers * 2 * shape.batch * pairs * heads * each
     return read, operations
