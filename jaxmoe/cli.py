@@ -23,6 +23,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_layout_arguments(parser)
     parser.add_argument(
+        "--expert-weights",
+        default="same",
+        choices=("same", "bfloat16", "int8", "float8"),
+        help="what experts' weights are kept in; 8 bits have a scale for every output channel of every expert "
+        "(default: the dtype that is computed in)",
+    )
+    parser.add_argument(
         "--kernels",
         default="auto",
         choices=("auto", "native", "xla"),
@@ -136,6 +143,7 @@ def model_options(args: argparse.Namespace) -> dict[str, Any]:
         "mesh": args.mesh,
         "dtype": args.dtype,
         "kernels": args.kernels,
+        "expert_weights": args.expert_weights,
         "expert_axes": args.expert_axes,
         "redundant_experts": args.redundant_experts,
         "execution": Execution(strategy=args.dispatch),

@@ -36,11 +36,13 @@ from jaxmoe.moe.moving import mover, slot_sources
 from jaxmoe.moe.placement import initial_placement, placement_of
 from jaxmoe.moe.strategy import Mixture, Strategy, check_strategy, choose
 from jaxmoe.ops import native
+from jaxmoe.ops.quantised import LARGEST, quantise
 from jaxmoe.sharding.devices import use_huge_pages, virtual_devices
 from jaxmoe.sharding.mesh import RANKS, MeshSpec, make_mesh, slots_for
 
 Progress = Callable[[str, int, int], None]
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+EXPERT_WEIGHTS = {"same": None, "bfloat16": jnp.bfloat16, "int8": jnp.int8, "float8": jnp.float8_e4m3fn}
 
 
 def no_progress(stage: str, done: int, total: int) -> None:
@@ -55,6 +57,8 @@ class Model:
     expert_axes: of a mesh given as text: "ep", a copy of the experts for each `dp` coordinate, or "dp,ep", one in all.
     redundant_experts: replicas of experts beyond one of each, in all; rounded up to as many slots on every device.
     dtype: what to compute in: float32, bfloat16 or float16.
+    expert_weights: what the experts' weights are kept in: "bfloat16"; "int8" or "float8" (e4m3fn), with a float32 scale
+        for every output channel of every expert; or the "same" dtype that is computed in.
     kernels: "native", compiled here for a CPU, "xla", or "auto": native ones where they can be had.
     progress: called with a stage's name, what is done and what there is in all.
     """
@@ -70,6 +74,7 @@ class Model:
         expert_axes: str = "ep",
         redundant_experts: int = 0,
         kernels: str = "auto",
+        expert_weights: str = "same",
     ) -> None:
         if (folder is None) == (random_weights is None):
             raise ConfigError("give either the folder of a checkpoint or a preset for random weights")
@@ -77,6 +82,8 @@ class Model:
             raise ConfigError(f"redundant_experts={redundant_experts} must not be negative")
         if dtype not in DTYPES:
             raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
+        if expert_weights not in EXPERT_WEIGHTS:
+            raise ConfigError(f"expert_weights={expert_weights!r} is not one of {', '.join(EXPERT_WEIGHTS)}")
         self.folder = None if folder is None else Path(folder)
         self.name = self.folder.resolve().name if self.folder else f"random:{random_weights}"
         self.dtype = jnp.dtype(DTYPES[dtype])
@@ -115,6 +122,13 @@ class Model:
             self.abstract: Decoder = nnx.eval_shape(lambda: family(config, slots, self.dtype, nnx.Rngs(0), self.rules))
         slot_expert = np.asarray(placement.slot_expert)
         self.params = self._load(hf, slot_expert, functools.partial(progress, "loading weights"))
+        stored = EXPERT_WEIGHTS[expert_weights]
+        if stored is not None and config.stacks["moe"]:
+            with jax.set_mesh(self.mesh):
+                self.abstract = nnx.eval_shape(
+                    lambda: family(config, slots, self.dtype, nnx.Rngs(0), self.rules, jnp.dtype(stored))
+                )
+                self.params["experts"] = _kept_in(self.params["experts"], jnp.dtype(stored))
         use_huge_pages(self.params)
         self.placement = jax.device_put(placement, NamedSharding(self.mesh, P()))
 
@@ -150,9 +164,15 @@ class Model:
         config = self.config
         return (
             f"{config.model_type} of {self.num_parameters / 1e6:,.1f} M parameters "
-            f"({config.experts} experts, {config.experts_per_token} a token) in {self.dtype} on {self.mesh_spec}, "
-            f"{self.mesh.devices.flat[0].device_kind}, {self.execution.kernels} kernels{self._describe_layout()}"
+            f"({config.experts} experts, {config.experts_per_token} a token) in {self._describe_dtype()} "
+            f"on {self.mesh_spec}, {self.mesh.devices.flat[0].device_kind}, "
+            f"{self.execution.kernels} kernels{self._describe_layout()}"
         )
+
+    def _describe_dtype(self) -> str:
+        experts = self.params.get("experts")
+        kept = experts["gate_up"].dtype if experts else self.dtype
+        return str(self.dtype) if kept == self.dtype else f"{self.dtype}, experts in {kept},"
 
     def _describe_layout(self) -> str:
         """What is not as the mesh alone would have it; "" if nothing is."""
@@ -319,3 +339,16 @@ class Model:
             return model.logits(hidden, self.execution.kernels).astype(jnp.float32)
 
         return jax.jit(forward)
+
+
+def _kept_in(experts: dict[str, Array], dtype: jnp.dtype) -> dict[str, Array]:
+    """The experts' parameters in another dtype, with scales if it has 8 bits. Stacks that are replaced are dropped."""
+    kept: dict[str, Array] = {}
+    for name in sorted(experts):
+        stack = experts.pop(name)
+        if dtype in LARGEST:
+            run = jax.jit(functools.partial(quantise, dtype=dtype))
+            kept[name], kept[f"{name}_scale"] = run(stack)
+        else:
+            kept[name] = jax.jit(lambda array: array.astype(dtype))(stack)
+    return kept

@@ -92,7 +92,9 @@ class Decoder(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
         rules: Rules = Rules(),  # noqa: B008 - frozen
+        expert_dtype: jnp.dtype | None = None,
     ) -> None:
+        """expert_dtype: what experts' weights are kept in, if not in `dtype`."""
         self.config, self.rules = config, rules
         self.vocab_partition, self.head_partition = rules.partition("vocab", None), rules.partition(None, "vocab")
         width = config.width
@@ -118,7 +120,16 @@ class Decoder(nnx.Module):
         if mixtures:
             self.router = normal((mixtures, width, config.experts), width**-0.5, of=self.router_dtype)
             self.experts = Experts(
-                mixtures, slots, width, config.expert_width, config.activation, dtype, rngs, rules, depth=layers
+                mixtures,
+                slots,
+                width,
+                config.expert_width,
+                config.activation,
+                dtype,
+                rngs,
+                rules,
+                depth=layers,
+                stored=expert_dtype,
             )
             if config.groups is not None:
                 self.router_bias = nnx.Param(jnp.zeros((mixtures, config.experts), jnp.float32), out_sharding=P())

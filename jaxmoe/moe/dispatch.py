@@ -27,6 +27,7 @@ from jaxmoe.moe.strategy import Mixture, choose
 from jaxmoe.ops.gating import swiglu
 from jaxmoe.ops.grouped_mlp import grouped_mlp, implementation_for
 from jaxmoe.ops.linear import Kernels
+from jaxmoe.ops.quantised import Stack, dequantise
 from jaxmoe.sharding.mesh import RANKS
 from jaxmoe.sharding.words import from_words, to_words
 
@@ -80,22 +81,22 @@ def _sum_over_tp(partial: Hidden, experts: Experts) -> Hidden:
 
 
 def _dense(x: Array, slots: Array, weights: Array, experts: Experts, layer: Array, weigh_input: bool) -> Array:
-    def local(x: Array, slots: Array, weights: Array, gate_up: Array, down: Array, layer: Array) -> Array:
+    def local(x: Array, slots: Array, weights: Array, gate_up: Stack, down: Stack, layer: Array) -> Array:
+        of_layer, down_of_layer = (dequantise(stack, x.dtype)[layer] for stack in (gate_up, down))
         act = functools.partial(jnp.einsum, preferred_element_type=x.dtype)
         rows = jnp.repeat(x[0], weights.shape[-1], axis=0)
         of_rows = weights[0].reshape(-1, 1)
         if weigh_input:
             rows, of_rows = rows * of_rows.astype(x.dtype), jnp.ones_like(of_rows)
-        hidden = act("md,sdtf->mstf", rows, gate_up[layer])
-        from_slots = act("msf,sfd->msd", swiglu(hidden, experts.activation), down[layer])
+        hidden = act("md,sdtf->mstf", rows, of_layer)
+        from_slots = act("msf,sfd->msd", swiglu(hidden, experts.activation), down_of_layer)
         chosen = jax.nn.one_hot(slots[0].reshape(-1), gate_up.shape[1], dtype=jnp.float32) * of_rows
         per_choice = jnp.einsum("ms,msd->md", chosen, from_slots.astype(jnp.float32))
         return jnp.sum(per_choice.reshape(*slots.shape[1:], -1), axis=1).astype(x.dtype)[None]
 
-    whole = (P(None), P(None))
-    gathered = (jax.sharding.reshard(experts.gate_up[...], P()), jax.sharding.reshard(experts.down[...], P()))
-    run = jax.shard_map(local, in_specs=(TOKENS, TOKENS, TOKENS, *whole, P()), out_specs=TOKENS, check_vma=False)
-    return run(x, slots, weights, *gathered, layer)
+    gate_up, down = jax.tree.map(lambda array: jax.sharding.reshard(array, P()), experts.stacks)
+    run = jax.shard_map(local, in_specs=(TOKENS, TOKENS, TOKENS, P(), P(), P()), out_specs=TOKENS, check_vma=False)
+    return run(x, slots, weights, gate_up, down, layer)
 
 
 def _replicate(
@@ -109,7 +110,7 @@ def _replicate(
 ) -> Array:
     axes, dtype = experts.rules.spec.expert_axes, x.dtype
 
-    def local(x: Array, slots: Array, weights: Array, gate_up: Array, down: Array, layer: Array) -> Array:
+    def local(x: Array, slots: Array, weights: Array, gate_up: Stack, down: Stack, layer: Array) -> Array:
         of_rank = (x[0], slots[0], weights[0])
         if shape.devices == 1:
             return run(*of_rank, gate_up, down, layer)[None]
@@ -124,7 +125,6 @@ def _replicate(
         out = run(every_x, local_slots, weights, gate_up, down, layer)
         return jax.lax.psum_scatter(out, axes, tiled=True)[None]
 
-    stacks = (experts.rules.partition(*Experts.GATE_UP), experts.rules.partition(*Experts.DOWN))
-    in_specs = (TOKENS, TOKENS, TOKENS, *stacks, P())
+    in_specs = (TOKENS, TOKENS, TOKENS, *experts.partitions, P())
     on_devices = jax.shard_map(local, in_specs=in_specs, out_specs=TOKENS, check_vma=False)
-    return on_devices(x, slots, weights, experts.gate_up[...], experts.down[...], layer)
+    return on_devices(x, slots, weights, *experts.stacks, layer)

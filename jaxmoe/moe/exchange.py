@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from jaxmoe.axes import Hidden
 from jaxmoe.moe.experts import Experts
 from jaxmoe.moe.strategy import Mixture
+from jaxmoe.ops.quantised import Stack
 from jaxmoe.sharding.mesh import RANKS
 from jaxmoe.sharding.words import from_words, to_words
 
@@ -43,7 +44,7 @@ def exchange(
     """
     rules, dtype = experts.rules, x.dtype
     axes, devices, capacity, lanes = rules.spec.expert_axes, shape.devices, shape.capacity, shape.lanes
-    slots_per_device = experts.gate_up.shape[1] // devices
+    slots_per_device = experts.num_slots // devices
     layout = _Layout(axes, devices, capacity)
     fields = [(shape.width, dtype), (shape.choices, jnp.int32), (shape.choices, jnp.float32)]
     on_devices = functools.partial(jax.shard_map, check_vma=False)
@@ -75,7 +76,7 @@ def exchange(
         words = jnp.concatenate([to_words(array, dtype) for array in (rows, local, of_rows)], axis=1)
         return words.reshape(1, 1, devices * capacity, -1)
 
-    def compute(words: Array, gate_up: Array, down: Array, layer: Array) -> Array:
+    def compute(words: Array, gate_up: Stack, down: Stack, layer: Array) -> Array:
         rows, local, of_rows = from_words(words.reshape(devices * capacity, -1), fields)
         out = run(rows, local - 1, of_rows, gate_up, down, layer)
         return to_words(out, dtype).reshape(*words.shape[:-1], -1)
@@ -94,8 +95,9 @@ def exchange(
         slots
     )
     pack_all = on_devices(pack, in_specs=(TOKENS, TOKENS, TOKENS, *where), out_specs=layout.at_source)
-    stacks = (rules.partition(*Experts.GATE_UP), rules.partition(*Experts.DOWN))
-    compute_all = on_devices(compute, in_specs=(layout.at_experts, *stacks, P()), out_specs=layout.at_experts)
+    compute_all = on_devices(
+        compute, in_specs=(layout.at_experts, *experts.partitions, P()), out_specs=layout.at_experts
+    )
     unpack_all = on_devices(unpack, in_specs=(TOKENS, layout.at_source, *where), out_specs=TOKENS)
     travel = _Ragged(layout, waiting) if ragged else _Resharded(layout)
 
@@ -103,7 +105,7 @@ def exchange(
         turn, out = carry
         packed = pack_all(x, slots, weights, destination, place, turn)
         arrived = travel.to_experts(packed, turn)
-        computed = compute_all(arrived, experts.gate_up[...], experts.down[...], layer)
+        computed = compute_all(arrived, *experts.stacks, layer)
         return turn + 1, unpack_all(out, travel.to_source(computed, turn), destination, place, turn)
 
     start = (jnp.int32(0), jnp.zeros((x.shape[0], shape.tokens * lanes, shape.width), dtype, out_sharding=TOKENS))

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from jaxmoe.ops import native
 from jaxmoe.ops.gating import swiglu
 from jaxmoe.ops.linear import Kernels
+from jaxmoe.ops.quantised import Quantised, Stack, pick, times
 
 Implementation = Literal["tiles", "native", "ragged_dot", "megablox"]
 MAX_TILE_ROWS = 512
@@ -39,8 +40,8 @@ def grouped_mlp(
     x: Float[Array, "N D"],
     slots: Int[Array, "N K"],
     weights: Float[Array, "N K"],
-    gate_up: Float[Array, "L S D two F"],
-    down: Float[Array, "L S F D"],
+    gate_up: Stack,
+    down: Stack,
     layer: int | Int[Array, ""] = 0,
     activation: str = "silu",
     *,
@@ -50,6 +51,7 @@ def grouped_mlp(
 ) -> Float[Array, "N D"]:
     """sum_k weights[n, k] * mlp[layer, slots[n, k]](x[n]), summed in float32 and cast to x's dtype.
 
+    gate_up, down: [L, S, D, 2, F] and [L, S, F, D], arrays or `Quantised`, the former in any dtype.
     MLP s of a layer is down[s].T @ (activation(gate[s].T @ x) * (up[s].T @ x)), gate and up being gate_up[s, :, 0] and
     gate_up[s, :, 1]. Slot -1 adds nothing.
 
@@ -63,16 +65,18 @@ def grouped_mlp(
     if implementation == "native":
         return native.grouped_mlp(x, slots, weights, gate_up, down, layer, activation, weigh_input)
     _, num_slots, width, _, inner = gate_up.shape
-    down = down.reshape(-1, inner, width)
     static = _Static(activation, weigh_input, num_slots, _tile_rows(expected or slots.size, num_slots))
     offset = jnp.asarray(layer, jnp.int32) * num_slots
     if implementation == "tiles":
-        out = _tiled(x, slots, weights, gate_up.reshape(-1, width, 2 * inner), down, offset, static)
+        stacks = (_flat(gate_up, 2 * inner), _flat(down, width))
+        # Only arrays have gradients, and 8 bits need none.
+        run = _tiles if isinstance(gate_up, Quantised) else _tiled
+        out = run(x, slots, weights, *stacks, offset, static)
     else:
         matmul = _ragged_dot if implementation == "ragged_dot" else _megablox
         # On a TPU the two last axes do not merge without a copy: of this layer's weights rather than of all.
-        of_layer = gate_up[layer].reshape(num_slots, width, 2 * inner)
-        out = _sorted(x, slots, weights, of_layer, down, offset, static, matmul)
+        of_layer = _flat(jax.tree.map(lambda array: array[layer][None], gate_up), 2 * inner)
+        out = _sorted(x, slots, weights, of_layer, _flat(down, width), offset, static, matmul)
     return out.astype(x.dtype)
 
 
@@ -141,9 +145,16 @@ class _Tiles:
         return slot, start, pairs, jnp.where(own, pairs // self.choices, self.num_rows)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _tiled(
-    x: Array, slots: Array, weights: Array, gate_up: Array, down: Array, offset: Array, static: _Static
+def _flat(stack: Stack, columns: int) -> Stack:
+    """Matrices of all layers and slots one after the other: [L * S, K, columns]."""
+    if isinstance(stack, Quantised):
+        values = stack.values.reshape(-1, stack.shape[2], columns)
+        return Quantised(values, stack.scale.reshape(-1, columns))
+    return stack.reshape(-1, stack.shape[2], columns)
+
+
+def _tiles(
+    x: Array, slots: Array, weights: Array, gate_up: Stack, down: Stack, offset: Array, static: _Static
 ) -> Float[Array, "N D"]:
     # Two loops with one matmul each: with both in one XLA:CPU computes the activation on one thread.
     tiles = _Tiles(slots, static)
@@ -154,13 +165,14 @@ def _tiled(
         own = x.at[rows].get(mode="clip")
         if static.weigh_input:
             own = own * of_pairs[pairs, None].astype(x.dtype)
-        inner = swiglu((own @ gate_up[offset + slot]).reshape(tiles.size, 2, -1), static.activation)
+        both = times(own, pick(gate_up, offset + slot))
+        inner = swiglu(both.reshape(tiles.size, 2, -1), static.activation)
         # What lies past the slot's end is wrong here and written over by the tile that comes next.
         return jax.lax.dynamic_update_slice_in_dim(hidden, inner, start, 0)
 
     def out_of(tile: Array, out: Array) -> Array:
         slot, start, pairs, rows = tiles(tile)
-        own = jax.lax.dynamic_slice_in_dim(hidden, start, tiles.size) @ down[offset + slot]
+        own = times(jax.lax.dynamic_slice_in_dim(hidden, start, tiles.size), pick(down, offset + slot))
         own = own.astype(jnp.float32)
         if not static.weigh_input:
             own = own * of_pairs[pairs, None]
@@ -169,6 +181,9 @@ def _tiled(
     hidden = jnp.zeros((tiles.order.shape[0], down.shape[1]), x.dtype)
     hidden = jax.lax.fori_loop(0, tiles.count, into, hidden)
     return jax.lax.fori_loop(0, tiles.count, out_of, jnp.zeros(x.shape, jnp.float32))
+
+
+_tiled = jax.custom_vjp(_tiles, nondiff_argnums=(6,))
 
 
 def _forward(
@@ -215,19 +230,27 @@ def _sorted(
     x: Array,
     slots: Array,
     weights: Array,
-    gate_up: Array,
-    down: Array,
+    gate_up: Stack,
+    down: Stack,
     offset: Array,
     static: _Static,
     matmul: Callable[..., Array],
 ) -> Float[Array, "N D"]:
     order, sizes = _by_slot(slots, static.num_slots)
+    slot_of = jnp.minimum(jnp.sum(jnp.arange(order.shape[0])[:, None] >= jnp.cumsum(sizes), axis=1), len(sizes) - 1)
+
+    def meet(rows: Array, stack: Stack, offset: Array) -> Array:
+        if not isinstance(stack, Quantised):
+            return matmul(rows, stack.astype(rows.dtype), sizes, offset)
+        values = jax.lax.dynamic_slice_in_dim(stack.values, offset, len(sizes)).astype(rows.dtype)
+        return (matmul(rows, values, sizes, jnp.int32(0)) * stack.scale[offset + slot_of]).astype(rows.dtype)
+
     rows, of_pairs = order // slots.shape[1], weights.reshape(-1)[order, None]
     own = x[rows]
     if static.weigh_input:
         own = own * of_pairs.astype(x.dtype)
-    hidden = swiglu(matmul(own, gate_up, sizes, jnp.int32(0)).reshape(order.shape[0], 2, -1), static.activation)
-    out = matmul(hidden, down, sizes, offset).astype(jnp.float32)
+    hidden = swiglu(meet(own, gate_up, jnp.int32(0)).reshape(order.shape[0], 2, -1), static.activation)
+    out = meet(hidden, down, offset).astype(jnp.float32)
     if not static.weigh_input:
         out = out * of_pairs
     # Kernels leave what they please in rows that belong to no slot.

@@ -52,9 +52,13 @@ typedef float VecU __attribute__((vector_size(kLanes * 4), aligned(4), may_alias
 typedef int32_t IVec __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t UVec __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t HalfU __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+typedef int8_t ByteU __attribute__((vector_size(kLanes), aligned(1), may_alias));
 
 struct Bf16 {
   uint16_t bits;
+};
+struct Fp8 {  // float8_e4m3fn
+  uint8_t bits;
 };
 
 inline float Widen(float value) { return value; }
@@ -63,6 +67,13 @@ inline float Widen(Bf16 value) {
   float wide;
   std::memcpy(&wide, &bits, 4);
   return wide;
+}
+inline float Widen(int8_t value) { return value; }
+inline float Widen(Fp8 value) {
+  int exponent = value.bits >> 3 & 15, mantissa = value.bits & 7;
+  float magnitude = exponent ? std::ldexp(8.0f + mantissa, exponent - 10) : std::ldexp(mantissa, -9);
+  if ((value.bits & 127) == 127) magnitude = NAN;
+  return value.bits & 128 ? -magnitude : magnitude;
 }
 inline void Narrow(float value, float* out) { *out = value; }
 inline void Narrow(float value, Bf16* out) {  // to the nearest, even on ties, as XLA rounds
@@ -76,6 +87,17 @@ inline Vec Load(const float* from) { return *reinterpret_cast<const VecU*>(from)
 inline Vec Load(const Bf16* from) {
   UVec wide = __builtin_convertvector(*reinterpret_cast<const HalfU*>(from), UVec) << 16;
   return (Vec)wide;
+}
+inline Vec Load(const int8_t* from) {
+  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const ByteU*>(from), IVec), Vec);
+}
+inline Vec Load(const Fp8* from) {
+  IVec bits = __builtin_convertvector(*reinterpret_cast<const ByteU*>(from), IVec);
+  // With the exponent moved from a bias of 7 to 127. Denormals, whose exponent of 0 counts as 1, are then 2^-7 too much
+  // and half of what they should be; they must not pass through float32's own, which XLA has the processor flush.
+  Vec value = (Vec)(((bits & 127) << 20) + (120 << 23));
+  value = (bits & 120) == 0 ? (value - 0x1p-7f) * 2.0f : value;
+  return (Vec)((IVec)value | (bits & (int32_t)0x80000000));
 }
 inline void Store(Vec value, float* to) { *reinterpret_cast<VecU*>(to) = value; }
 inline Vec Max(Vec a, Vec b) { return a > b ? a : b; }
@@ -214,7 +236,7 @@ inline void StreamRows(const float* x, ptrdiff_t ldx, int rows, const W* w, ptrd
       first[d] = Load(w + d * ldw + c);
       second[d] = Load(w + d * ldw + c + kLanes);
       __builtin_prefetch(w + (d + D) * ldw + c);
-      if (sizeof(W) == 4) __builtin_prefetch(w + (d + D) * ldw + c + kLanes);
+      if (sizeof(W) * kLanes >= 64) __builtin_prefetch(w + (d + D) * ldw + c + kLanes);
     }
     for (int m = 0; m < rows; ++m) {
       Vec left = Load(y + m * ldy + c), right = Load(y + m * ldy + c + kLanes);
@@ -368,6 +390,10 @@ ffi::Error ByTypes(const char* what, ffi::DataType x, ffi::DataType w, const Run
   if (x == ffi::F32 && w == ffi::F32) return run(float{}, float{});
   if (x == ffi::BF16 && w == ffi::BF16) return run(Bf16{}, Bf16{});
   if (x == ffi::F32 && w == ffi::BF16) return run(float{}, Bf16{});
+  if (x == ffi::F32 && w == ffi::S8) return run(float{}, int8_t{});
+  if (x == ffi::BF16 && w == ffi::S8) return run(Bf16{}, int8_t{});
+  if (x == ffi::F32 && w == ffi::F8E4M3FN) return run(float{}, Fp8{});
+  if (x == ffi::BF16 && w == ffi::F8E4M3FN) return run(Bf16{}, Fp8{});
   return Unsupported(what);
 }
 
@@ -535,12 +561,18 @@ inline void Gate(Activation activation, const float* gate, const float* up, int 
   }
 }
 
+inline void Scale(float* y, size_t ldy, int rows, int cols, const float* scale) {
+  for (int m = 0; m < rows; ++m)
+    for (int c = 0; c < cols; ++c) y[m * ldy + c] *= scale[c];
+}
+
 // x [N, D], slots and weights [N, K], layer [], gate_up [L, S, D, 2, F], down [L, S, F, D] -> [N, D]; slot -1 is none.
 // Stacks may lack S, if there is one slot in each layer: an axis of length 1, made for the call, has XLA copy the stack.
+// Scales, if they are not empty, are those of the stacks' columns: [L, S, 2, F] and [L, S, D].
 template <typename X, typename W>
 void GroupedMlpOf(Team& team, const X* x, int64_t rows, int64_t width, const int32_t* slots, const float* weights,
-                  int64_t choices, const W* gate_up, const W* down, int64_t num_slots, int64_t inner,
-                  Activation activation, bool weigh_input, X* out) {
+                  int64_t choices, const W* gate_up, const W* down, const float* gate_up_scale,
+                  const float* down_scale, int64_t num_slots, int64_t inner, Activation activation, bool weigh_input, X* out) {
   // Pairs of row and choice in order of their slots. place: where a pair stands in it.
   std::vector<int64_t> begins(num_slots + 1), filled;
   int64_t pairs = rows * choices;
@@ -604,6 +636,11 @@ void GroupedMlpOf(Team& team, const X* x, int64_t rows, int64_t width, const int
     Multiply(from, width, task.rows, gate, 2 * inner, static_cast<int>(width), task.cols, y, ldy,
              gate + inner);
     Multiply(from, width, task.rows, gate + inner, 2 * inner, static_cast<int>(width), task.cols, up, ldy);
+    if (gate_up_scale) {
+      const float* scale = gate_up_scale + task.slot * 2 * inner + task.col;
+      Scale(y, ldy, task.rows, task.cols, scale);
+      Scale(up, ldy, task.rows, task.cols, scale + inner);
+    }
     for (int m = 0; m < task.rows; ++m) {
       float* to = hidden + (task.row + m) * inner + task.col;
       Gate(activation, y + m * ldy, up + m * ldy, task.cols, to);
@@ -617,6 +654,7 @@ void GroupedMlpOf(Team& team, const X* x, int64_t rows, int64_t width, const int
     std::memset(y, 0, task.rows * ldy * sizeof(float));
     Multiply(hidden + task.row * inner, inner, task.rows, down + task.slot * inner * width + task.col, width,
              static_cast<int>(inner), task.cols, y, ldy);
+    if (down_scale) Scale(y, ldy, task.rows, task.cols, down_scale + task.slot * width + task.col);
     for (int m = 0; m < task.rows; ++m)
       std::memcpy(products + (task.row + m) * width + task.col, y + m * ldy, task.cols * sizeof(float));
   });
@@ -637,18 +675,23 @@ void GroupedMlpOf(Team& team, const X* x, int64_t rows, int64_t width, const int
 
 ffi::Error GroupedMlp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer slots, ffi::AnyBuffer weights,
                       ffi::AnyBuffer layer, ffi::AnyBuffer gate_up, ffi::AnyBuffer down,
+                      ffi::Buffer<ffi::F32> gate_up_scale, ffi::Buffer<ffi::F32> down_scale,
                       ffi::Result<ffi::AnyBuffer> out, int32_t activation, bool weigh_input) {
   int64_t rows = x.dimensions()[0], width = x.dimensions()[1], choices = slots.dimensions()[1];
   auto stack = down.dimensions();
   int64_t num_slots = stack.size() == 4 ? stack[1] : 1, inner = stack[stack.size() - 2];
-  int64_t of_layer = *Data<int32_t>(layer) * num_slots * width * inner;
+  int64_t index = *Data<int32_t>(layer), of_layer = index * num_slots * width * inner;
+  const float* of_gate_up = gate_up_scale.element_count() ? gate_up_scale.typed_data() : nullptr;
+  const float* of_down = down_scale.element_count() ? down_scale.typed_data() : nullptr;
   if (gate_up.element_type() != down.element_type()) return Unsupported("grouped_mlp");
   Team team(pool);
   return ByTypes("grouped_mlp", x.element_type(), down.element_type(), [&](auto of_x, auto of_w) {
     using X = decltype(of_x);
     using W = decltype(of_w);
     GroupedMlpOf<X, W>(team, Data<X>(x), rows, width, Data<int32_t>(slots), Data<float>(weights), choices,
-                       Data<W>(gate_up) + 2 * of_layer, Data<W>(down) + of_layer, num_slots, inner,
+                       Data<W>(gate_up) + 2 * of_layer, Data<W>(down) + of_layer,
+                       of_gate_up ? of_gate_up + index * num_slots * 2 * inner : nullptr,
+                       of_down ? of_down + index * num_slots * width : nullptr, num_slots, inner,
                        static_cast<Activation>(activation), weigh_input, Data<X>(out));
     return ffi::Error::Success();
   });
@@ -1023,6 +1066,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeGroupedMlp, GroupedMlp,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<int32_t>("activation")
                                   .Attr<bool>("weigh_input"));

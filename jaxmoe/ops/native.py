@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.errors import ConfigError
+from jaxmoe.ops.quantised import Quantised, Stack
 from jaxmoe.spans import Span
 
 log = logging.getLogger(__name__)
@@ -159,8 +160,8 @@ def grouped_mlp(
     x: Float[Array, "N D"],
     slots: Int[Array, "N K"],
     weights: Float[Array, "N K"],
-    gate_up: Float[Array, "L *S D two F"],
-    down: Float[Array, "L *S F D"],
+    gate_up: Stack,
+    down: Stack,
     layer: int | Int[Array, ""],
     activation: str,
     weigh_input: bool,
@@ -168,8 +169,10 @@ def grouped_mlp(
     """See `ops.grouped_mlp.grouped_mlp`. Stacks of one MLP a layer have no axis S."""
     check_available()
     call = jax.ffi.ffi_call(_target("GroupedMlp"), jax.ShapeDtypeStruct(x.shape, x.dtype))
+    stacks = [stack if isinstance(stack, Quantised) else Quantised(stack, jnp.ones(0)) for stack in (gate_up, down)]
+    (gate_up, of_gate_up), (down, of_down) = stacks
     return call(
-        x, slots, weights, jnp.asarray(layer, jnp.int32), gate_up, down,
+        x, slots, weights, jnp.asarray(layer, jnp.int32), gate_up, down, of_gate_up, of_down,
         activation=np.int32(ACTIVATIONS[activation]), weigh_input=weigh_input,
     )  # fmt: skip
 
