@@ -42,7 +42,12 @@ def test_planned_collectives_are_those_of_the_compiled_step(family, mesh, axes, 
     for each in exchanges(plan, shape):
         planned[each.kind, each.axes, each.bytes] += each.times
     found = read_collectives(unloaded_steps(plan, on).compile(shape).as_text(), on.shape)
-    assert planned == collections.Counter((one.kind, one.axes, one.bytes) for one in found)
+    compiled = collections.Counter()
+    for one in found:
+        # XLA joins sums of a token's experts and shared expert into one all-reduce of two arrays, where it can.
+        joined = len(one.shapes) if one.kind == "all-reduce" else 1
+        compiled[one.kind, one.axes, one.bytes // joined] += joined
+    assert planned == compiled
 
 
 def test_one_device_and_data_parallel_devices_exchange_nothing():
