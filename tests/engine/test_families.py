@@ -1,9 +1,13 @@
 """Every way of caching: tokens are those of transformers, what is out of sight takes no page, nothing is copied."""
 
+import math
+import re
+
 import jax
 import numpy as np
 import pytest
 
+import jaxmoe
 from jaxmoe.engine.batch import Packing, StepShape
 from jaxmoe.engine.config import EngineConfig
 from jaxmoe.engine.engine import Engine
@@ -121,3 +125,20 @@ def test_a_step_updates_the_cache_in_place(models, mesh):
         memory = Executables(model, cache, packing).compile(shape).memory_analysis()
         assert memory.alias_size_in_bytes >= sum(arrays)
         assert memory.temp_size_in_bytes < min(arrays) / 8
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek-v3", "llama4"])
+@pytest.mark.parametrize("shape", [StepShape(1, 1, 16), StepShape(1, 16, 16)], ids=str)
+def test_a_step_of_native_kernels_copies_no_weights_and_no_cache(name, shape):
+    model = jaxmoe.load(f"demo:{name}", kernels="native")
+    packing = Packing(model.config.spans, 16)
+    cache = make_cache(model.config, model.mesh, model.rules, tuple(64 for _ in packing.spans), 16, model.dtype)
+    text = Executables(model, cache, packing).compile(shape).as_text()
+    largest_activation = shape.batch * shape.tokens * 2 * model.config.width
+    matrices = [leaf.size // leaf.shape[0] for leaf in jax.tree.leaves(model.params["attention"]) if leaf.ndim > 2]
+    assert largest_activation < min(matrices) < cache[0][0].size
+    made = re.findall(r"= \w+\[([\d,]+)\]\S* (copy|transpose|fusion|convert|dynamic-slice|gather|reshape|dot)\(", text)
+    sizes = {(kind, axes): math.prod(map(int, axes.split(","))) for axes, kind in made}
+    assert {made for made, size in sizes.items() if size >= min(matrices)} <= {
+        ("fusion", f"1,1,{model.config.vocab_size}")
+    }
