@@ -171,7 +171,7 @@ class Scratch {
 float* Local(size_t floats, int which) {  // of this thread, for one task
   static thread_local std::vector<float> buffers[3];
   std::vector<float>& buffer = buffers[which];
-  if (buffer.size() < floats + kLanes) buffer.resize(floats + kLanes);
+  if (buffer.size() < floats + 16) buffer.resize(floats + 16);
   auto address = reinterpret_cast<uintptr_t>(buffer.data());
   return reinterpret_cast<float*>((address + 63) / 64 * 64);
 }
@@ -252,7 +252,7 @@ inline void StreamRows(const float* x, ptrdiff_t ldx, int rows, const W* w, ptrd
   for (; c < cols; ++c) {
     for (int m = 0; m < rows; ++m) {
       float sum = y[m * ldy + c];
-      for (int d = 0; d < D; ++d) sum = std::fma(x[m * ldx + d], Widen(w[d * ldw + c]), sum);
+      for (int d = 0; d < D; ++d) sum += x[m * ldx + d] * Widen(w[d * ldw + c]);
       y[m * ldy + c] = sum;
     }
   }
