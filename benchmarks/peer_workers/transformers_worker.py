@@ -1,4 +1,5 @@
-"""transformers' worker: a loop over `forward` with a cache for equal requests, its continuous batching for mixed ones.
+"""transformers' worker: a loop over `forward` with a cache for equal requests, its continuous batching for mixed ones;
+where that does not know the model, a padded batch.
 
 Each phase is tried with every experts implementation that the model admits, and keeps the fastest.
 """
@@ -30,14 +31,25 @@ class Transformers:
 
     def steps(self, prompts: protocol.Prompts, lengths: Sequence[int]) -> Iterator[protocol.Step]:
         alike = len({len(prompt) for prompt in prompts}) == len(set(lengths)) == 1
-        return self._static(prompts, lengths[0]) if alike else self._continuous(prompts, lengths)
+        # Its continuous batching knows neither latent attention nor chunked layers.
+        continuous = not alike and self.model.config.model_type not in ("deepseek_v3", "llama4_text")
+        return (self._continuous if continuous else self._static)(prompts, lengths)
 
-    def _static(self, prompts: protocol.Prompts, length: int) -> Iterator[protocol.Step]:
-        tokens, cache = torch.tensor(prompts), DynamicCache(config=self.model.config)
-        for _ in range(length):
-            out = self.model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    def _static(self, prompts: protocol.Prompts, lengths: Sequence[int]) -> Iterator[protocol.Step]:
+        """One batch for as long as the longest goes on, padded on the left where prompts differ in length."""
+        longest, cache = max(map(len, prompts)), DynamicCache(config=self.model.config)
+        padding = [longest - len(prompt) for prompt in prompts]
+        tokens = torch.tensor([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)])
+        options = {}
+        for done in range(max(lengths)):
+            if any(padding):
+                at = torch.arange(longest + done)
+                mask = at >= torch.tensor(padding)[:, None]
+                positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+                options = {"attention_mask": mask.long(), "position_ids": positions}
+            out = self.model(tokens, cache=cache, use_cache=True, logits_to_keep=1, **options)
             tokens = out.logits[:, -1:].argmax(-1)
-            yield list(enumerate(tokens[:, 0].tolist()))
+            yield [(row, token) for row, token in enumerate(tokens[:, 0].tolist()) if done < lengths[row]]
 
     def _continuous(self, prompts: protocol.Prompts, lengths: Sequence[int]) -> Iterator[protocol.Step]:
         if self.manager is None:
@@ -63,8 +75,8 @@ class Transformers:
             rates = {}
             for name in IMPLEMENTATIONS if phase in FEW_TOKENS else IMPLEMENTATIONS[:2]:
                 self.model.set_experts_implementation(name)
-                protocol.measure(self, phase, seed=1)
-                rates[name] = protocol.measure(self, phase, seed=2)
+                protocol.greedy(self, protocol.prompt_of(512, seed=0), 2)
+                rates[name] = protocol.measure(self, phase, seed=1)
             self.fastest[phase] = max(rates, key=lambda name: rates[name])
         self.model.set_experts_implementation(self.fastest[phase])
 
