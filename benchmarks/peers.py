@@ -52,6 +52,8 @@ PACKAGES = {
 BUILD = {
     "llama.cpp": {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF", "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count())}
 }
+# For pictures and sound; transformers imports torchvision where it finds it, and PyPI's is made for another torch.
+UNWANTED = {"vllm": ["torchvision", "torchaudio", "torchcodec"]}
 PEERS = ("jaxmoe", *PACKAGES)
 
 # Largest difference of log-probabilities after one prompt. In float32 it is the order of summation, and llama.cpp's
@@ -66,6 +68,8 @@ def install(peer: str, folder: Path) -> None:
     venv.create(folder, with_pip=True, clear=True)
     pip = [folder / "bin" / "python", "-m", "pip", "install", *PACKAGES[peer]]
     subprocess.run(pip, check=True, env={**os.environ, **BUILD.get(peer, {})})
+    if unwanted := UNWANTED.get(peer):
+        subprocess.run([folder / "bin" / "python", "-m", "pip", "uninstall", "--yes", *unwanted], check=True)
 
 
 def environment(peer: str, threads: int, cache: Path) -> dict[str, str]:
@@ -226,9 +230,9 @@ def bench(model: str, peers: Sequence[str], phases: Sequence[str], args: argpars
         return Worker(peer, python, folder, args.dtype, args.threads, cache)
 
     with ExitStack() as stack:
-        cache = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        cold = []
+        cache, cold = CACHE / "compiled", []
         if "start" in phases:
+            cache = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             if "llama.cpp" in peers:
                 launch("llama.cpp", cache).close()  # converts the weights, once for all
             for peer in peers:
