@@ -94,6 +94,8 @@ def environment(peer: str, threads: int, cache: Path) -> dict[str, str]:
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CACHE_ROOT": str(cache / "vllm"),
+            # Its latent attention knows few shapes, and not ours: keys and values are unfolded.
+            "VLLM_MLA_DISABLE": "1",
             # The engine in the worker's process, so that its memory is seen and no second process waits.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_NO_USAGE_STATS": "1",

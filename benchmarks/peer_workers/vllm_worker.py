@@ -1,6 +1,7 @@
 """vLLM's worker: its engine in process, stepped by hand, with its own settings but for prefix caching."""
 
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from vllm.sampling_params import RequestOutputKind
 
 class Vllm:
     def __init__(self, folder: Path, dtype: str, threads: int) -> None:
+        latent = "kv_lora_rank" in json.loads((folder / "config.json").read_text())
         self.llm = LLM(
             str(folder),
             dtype=dtype,
@@ -20,6 +22,8 @@ class Vllm:
             max_num_seqs=protocol.SERVED,
             enable_prefix_caching=False,
             max_logprobs=-1,
+            # Its kernel for rotation errs where queries and keys are slices of other arrays, as they are here.
+            compilation_config={"custom_ops": ["-rotary_embedding"]} if latent else {},
             seed=0,
             disable_log_stats=True,
         )
