@@ -12,7 +12,10 @@ import jaxmoe
 from jaxmoe.engine.config import EngineConfig
 from jaxmoe.engine.request import Request, SamplingParams
 
-CONFIG = EngineConfig(max_batch=protocol.SERVED, max_context=protocol.MAX_CONTEXT, max_prefill_tokens=512)
+# About as many tokens of KV cache as the peers have.
+CONFIG = EngineConfig(
+    max_batch=protocol.SERVED, max_context=protocol.MAX_CONTEXT, max_prefill_tokens=512, pages_per_rank=2048
+)
 
 
 class Jaxmoe:
