@@ -19,9 +19,23 @@ from jaxmoe.spans import Span
 Ranks: TypeAlias = Seq[Seq[Chunk]]  # chunks of every attention rank
 
 SHORT_CHUNK, FEW_TOKENS = 32, 64
-# Tokens of the shortest block tables, and how much longer the next are. Attention that gathers what a table names pays
-# for its length; attention that reads the pages in use does not, so that fewer programs serve.
-GATHERED, READ_IN_USE = (256, 4), (4096, 16)
+
+
+class Economy(NamedTuple):
+    """Which programs are worth having, by what a program pays for.
+
+    shortest, factor: tokens of the shortest block tables, and how much longer the next are.
+    halves: prefills of half as long chunks, and twice as many, down to SHORT_CHUNK; else only the longest and shortest.
+    """
+
+    shortest: int
+    factor: int
+    halves: bool
+
+
+# Attention that gathers what a table names pays for its length. Where it reads the pages in use, fewer programs serve
+# long contexts, and chunks of several prompts, padded to one length, share the weights that they are multiplied by.
+GATHERED, READ_IN_USE = Economy(256, 4, False), Economy(4096, 16, True)
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -154,23 +168,23 @@ def _powers(smallest: int, largest: int, factor: int) -> list[int]:
 class Buckets:
     """The fixed set of shapes that every legal step fits; all are compiled before the first request."""
 
-    def __init__(
-        self, config: EngineConfig, max_context: int, packing: Packing, contexts: tuple[int, int] = GATHERED
-    ) -> None:
-        """contexts: GATHERED or READ_IN_USE."""
+    def __init__(self, config: EngineConfig, max_context: int, packing: Packing, economy: Economy = GATHERED) -> None:
+        """economy: GATHERED or READ_IN_USE."""
         self.packing = packing
         pages = -(-max_context // packing.page_size)
-        shortest, factor = contexts
-        self.pages = _powers(min(pages, -(-shortest // packing.page_size)), pages, factor)
+        self.pages = _powers(min(pages, -(-economy.shortest // packing.page_size)), pages, economy.factor)
         self.decode = _powers(1, config.max_batch, 2)
-        self.prefill_tokens = sorted({min(FEW_TOKENS, config.max_prefill_tokens), config.max_prefill_tokens})
-        self.short = min(SHORT_CHUNK, config.max_prefill_tokens)
-        self.together = min(config.max_prefill_sequences, config.max_batch)
+        longest, together = config.max_prefill_tokens, min(config.max_prefill_sequences, config.max_batch)
+        short = min(SHORT_CHUNK, longest)
+        # Sequences and tokens of each, by tokens: whatever there is fits the last.
+        prefills = {(1, min(FEW_TOKENS, longest)), (1, longest), (together, short)}
+        if economy.halves:
+            halves = [longest >> turn for turn in range(longest.bit_length()) if longest >> turn > short]
+            prefills |= {(min(together, longest // tokens), tokens) for tokens in halves}
+        self.prefill = sorted(prefills, key=lambda shape: (shape[1], shape[0]))
 
     def __iter__(self) -> Iterator[StepShape]:
-        rows = [(batch, 1) for batch in self.decode] + [(1, tokens) for tokens in self.prefill_tokens]
-        if self.together > 1:
-            rows.append((self.together, self.short))
+        rows = [*((batch, 1) for batch in self.decode), *self.prefill]
         shapes = [self._shape(batch, tokens, pages) for pages in self.pages for batch, tokens in rows]
         return iter(dict.fromkeys(shapes))
 
@@ -179,19 +193,23 @@ class Buckets:
         return self._shape(next(size for size in self.decode if size >= largest), 1, self._pages(ranks))
 
     def prefills(self, ranks: Ranks) -> list[tuple[StepShape, Ranks]]:
-        """Splits the prefill chunks of all ranks into calls: short chunks of a rank share one, long ones go alone."""
+        """Splits the prefill chunks of all ranks into calls, the longest chunks first.
+
+        A call takes the smallest shape that holds all that is left, or else most of what is as long.
+        """
         calls: list[tuple[StepShape, Ranks]] = []
-        short = [[chunk for chunk in chunks if chunk.length <= self.short] for chunks in ranks]
-        single = [[chunk for chunk in chunks if chunk.length > self.short] for chunks in ranks]
-        if self.together > 1 and max(map(len, short)) > 1:
-            calls.append((self._shape(self.together, self.short, self._pages(short)), short))
-        else:
-            single = [short[rank] + single[rank] for rank in range(len(ranks))]
-        for turn in range(max(map(len, single))):
-            alone = [chunks[turn : turn + 1] for chunks in single]
-            longest = max(chunk.length for chunks in alone for chunk in chunks)
-            tokens = next(size for size in self.prefill_tokens if size >= longest)
-            calls.append((self._shape(1, tokens, self._pages(alone)), alone))
+        left = [sorted(chunks, key=lambda chunk: -chunk.length) for chunks in ranks]
+        while count := max(map(len, left)):
+            longest = max(chunks[0].length for chunks in left if chunks)
+            fits = [shape for shape in self.prefill if shape[1] >= longest]
+            holds_all = [shape for shape in fits if shape[0] >= count]
+            if holds_all:
+                batch, tokens = min(holds_all, key=math.prod)
+            else:
+                batch, tokens = max(fits, key=lambda shape: (-shape[1], shape[0]))
+            taken = [chunks[:batch] for chunks in left]
+            left = [chunks[batch:] for chunks in left]
+            calls.append((self._shape(batch, tokens, self._pages(taken)), taken))
         return calls
 
     def _pages(self, ranks: Ranks) -> int:

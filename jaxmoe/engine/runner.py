@@ -36,8 +36,8 @@ class Runner:
         self._cache = make_cache(model.config, model.mesh, model.rules, pages, config.page_size, model.dtype)
         use_huge_pages(self._cache)
         self._packing = Packing(model.config.spans, config.page_size)
-        contexts = READ_IN_USE if model.execution.kernels == "native" else GATHERED
-        self._buckets = Buckets(config, self.max_context, self._packing, contexts)
+        economy = READ_IN_USE if model.execution.kernels == "native" else GATHERED
+        self._buckets = Buckets(config, self.max_context, self._packing, economy)
         self.executables = Executables(model, self._cache, self._packing)
         if config.warm_up:
             self.executables.warm_up(self._buckets, progress)

@@ -4,11 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxmoe.engine.batch import Buckets, Packing, StepShape
+from jaxmoe.engine.batch import GATHERED, READ_IN_USE, Buckets, Packing, StepShape
 from jaxmoe.engine.config import EngineConfig
 from jaxmoe.engine.pages import PageGroup
 from jaxmoe.engine.request import Request, SamplingParams
-from jaxmoe.engine.scheduler import Scheduler
+from jaxmoe.engine.scheduler import Chunk, Scheduler
 from jaxmoe.spans import FULL, Span
 
 CONFIG = EngineConfig(page_size=4, max_batch=4, max_prefill_tokens=16, max_prefill_sequences=2)
@@ -63,10 +63,11 @@ def test_tables_are_as_wide_as_the_context_or_as_what_the_span_reaches():
     assert packing.widths(StepShape(1, 1, 2)) == (2, 2, 2)
 
 
+@pytest.mark.parametrize("economy", [GATHERED, READ_IN_USE], ids=["gathered", "read in use"])
 @pytest.mark.parametrize("spans", [(FULL,), (WINDOW,), (Span("window", 400),), (CHUNK, WINDOW), (CHUNK, FULL)], ids=str)
-def test_every_step_fits_a_bucket_and_no_two_buckets_are_the_same_program(spans):
+def test_every_step_fits_a_bucket_and_no_two_buckets_are_the_same_program(spans, economy):
     packing = Packing(spans, 4)
-    buckets = Buckets(CONFIG, 1000, packing)
+    buckets = Buckets(CONFIG, 1000, packing, economy)
     shapes = list(buckets)
     programs = {(shape.batch, shape.tokens, packing.widths(shape)) for shape in shapes}
     assert len(programs) == len(shapes)
@@ -79,6 +80,29 @@ def test_every_step_fits_a_bucket_and_no_two_buckets_are_the_same_program(spans)
         for shape, ranks in calls:
             assert shape in shapes
             packing.pack(shape, ranks)
+        planned = [id(chunk.sequence) for chunk in plan.chunks]
+        assert sorted(id(chunk.sequence) for _, ranks in calls for chunks in ranks for chunk in chunks) == sorted(
+            planned
+        )
+
+
+def test_chunks_share_a_call_where_attention_reads_pages_in_use():
+    config = dataclasses.replace(CONFIG, max_prefill_tokens=256, max_prefill_sequences=8, max_batch=8)
+
+    def shapes(lengths, economy):
+        chunks = [Chunk(None, 0, length, False) for length in lengths]
+        calls = Buckets(config, 1000, Packing((FULL,), 4), economy).prefills([chunks])
+        assert [len(ranks[0]) for _, ranks in calls] == [min(len(lengths), shape.batch) for shape, _ in calls][
+            : len(calls)
+        ]
+        return [(shape.batch, shape.tokens) for shape, _ in calls]
+
+    assert shapes([128, 120], READ_IN_USE) == [(2, 128)]
+    assert shapes([60, 50, 40, 33], READ_IN_USE) == [(4, 64)]
+    assert shapes([20] * 8, READ_IN_USE) == [(8, 32)]
+    assert shapes([50], READ_IN_USE) == shapes([50], GATHERED) == [(1, 64)]
+    assert shapes([128, 120], GATHERED) == [(1, 256), (1, 256)]
+    assert shapes([20] * 8, GATHERED) == [(8, 32)]
 
 
 def test_windows_alone_make_all_long_contexts_one_bucket():
