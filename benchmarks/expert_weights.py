@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 import jaxmoe
+from jaxmoe.api import LoadedModel
 from jaxmoe.engine.config import EngineConfig
 from jaxmoe.engine.request import Request, SamplingParams
 
@@ -35,7 +36,7 @@ KINDS: dict[str, dict[str, str]] = {
 BATCHES, CONTEXT, STEPS, ROUNDS = (1, 8, 32), 128, 16, 3
 
 
-def windows(model: jaxmoe.api.LoadedModel) -> np.ndarray:
+def windows(model: LoadedModel) -> np.ndarray:
     """Held-out text of every domain, [rows, WINDOW]."""
     rows = []
     for file in sorted(TEXT.glob("*.txt")):
@@ -44,7 +45,7 @@ def windows(model: jaxmoe.api.LoadedModel) -> np.ndarray:
     return np.asarray(rows, np.int32)
 
 
-def log_probabilities(model: jaxmoe.api.LoadedModel, rows: np.ndarray) -> np.ndarray:
+def log_probabilities(model: LoadedModel, rows: np.ndarray) -> np.ndarray:
     return np.concatenate([jax.nn.log_softmax(model.logits(part), axis=-1) for part in np.split(rows, len(rows))])
 
 

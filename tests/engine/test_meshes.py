@@ -84,9 +84,10 @@ def test_skewed_routing_gives_the_tokens_of_the_dense_oracle_by_every_strategy(a
 
 
 def test_a_model_says_what_a_device_holds_and_what_tp_leaves_whole():
-    said = load("mixtral", 1, 2, 4, "ep", redundant_experts=1).describe()
-    assert said.endswith("on dp=1,ep=2,tp=4, cpu; 5 of 10 expert slots a device, over ep; tp leaves kv_heads whole")
-    assert load("mixtral", 1, 1, 1, "ep").describe().endswith("on dp=1,ep=1, cpu")
+    said = load("mixtral", 1, 2, 4, "ep", redundant_experts=1, kernels="xla").describe()
+    layout = "5 of 10 expert slots a device, over ep; tp leaves kv_heads whole"
+    assert said.endswith(f"on dp=1,ep=2,tp=4, cpu, xla kernels; {layout}")
+    assert load("mixtral", 1, 1, 1, "ep", kernels="xla").describe().endswith("on dp=1,ep=1, cpu, xla kernels")
 
 
 def test_a_tp_that_divides_nothing_is_told_with_what_would():

@@ -57,7 +57,10 @@ def test_one_device_and_data_parallel_devices_exchange_nothing():
 
 
 def test_auto_is_what_the_program_takes():
-    plan = Deployment(subject("deepseek-v3"), MeshSpec.parse("ep=8"), LIMITS)
+    # Wide enough for halved bytes to be worth another collective; two choices of eight devices halve them.
+    preset = "mixtral-8x7b:scale=16,num_hidden_layers=2,vocab_size=128"
+    wide = Subject.read("mixtral", read_preset(preset), "float32")
+    plan = Deployment(wide, MeshSpec.parse("ep=8"), LIMITS)
     assert [plan.strategy(shape) for shape in (plan.decode, plan.prefill)] == ["replicate", "all_to_all"]
     kinds = [{each.kind for each in exchanges(plan, shape)} for shape in (plan.decode, plan.prefill)]
     assert kinds[0] == {"all-gather", "reduce-scatter"}
