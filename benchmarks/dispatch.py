@@ -1,6 +1,7 @@
 """One mixture layer by every strategy: bytes that leave a device, rounds and time, over tokens and skew.
 
     python benchmarks/dispatch.py [--mesh ep=8] [--expert-axes ep] [--tokens 1,8,64,256] [--model deepseek,mixtral]
+        [--kernels auto]
 
 The floor is the same work without an exchange: all tokens of all ranks through all experts on one device. Virtual
 devices share this machine's cores, so the ratio to the floor says what exchanging costs in copies and waiting, and not
@@ -23,6 +24,9 @@ from jaxmoe.moe.dispatch import TOKENS, mixture
 from jaxmoe.moe.experts import Experts
 from jaxmoe.moe.placement import choose_slots, initial_placement
 from jaxmoe.moe.strategy import Mixture, choose, sent_bytes
+from jaxmoe.ops import native
+from jaxmoe.ops.linear import Kernels
+from jaxmoe.sharding.devices import use_huge_pages
 from jaxmoe.sharding.mesh import MeshSpec, make_mesh, slots_for
 from jaxmoe.sharding.rules import Rules
 
@@ -36,7 +40,8 @@ DENSE_TOKENS = 8  # of a rank; with more the oracle takes seconds
 class Layer:
     """One mixture layer of a model on a mesh."""
 
-    def __init__(self, spec: MeshSpec, model: str) -> None:
+    def __init__(self, spec: MeshSpec, model: str, kernels: Kernels) -> None:
+        self.kernels = kernels
         self.width, self.experts, self.choices, inner = MODELS[model]
         self.spec, self.mesh = spec, make_mesh(spec)
         slots = slots_for(self.experts, spec)
@@ -49,12 +54,13 @@ class Layer:
         with jax.set_mesh(self.mesh):
             self.graph, _ = nnx.split(nnx.eval_shape(make))
             self.state = jax.jit(lambda: nnx.state(make()))()
+        use_huge_pages(self.state)
 
     def run(self, strategy: str, *arrays: np.ndarray) -> functools.partial[jax.Array]:
         """A compiled call on these tokens, slots and weights, which lie on their ranks already."""
 
         def layer(state: nnx.State, x: jax.Array, slots: jax.Array, weights: jax.Array) -> jax.Array:
-            return mixture(x, slots, weights, nnx.merge(self.graph, state), 0, strategy)
+            return mixture(x, slots, weights, nnx.merge(self.graph, state), 0, strategy, kernels=self.kernels)
 
         with jax.set_mesh(self.mesh):
             placed = jax.device_put(arrays, NamedSharding(self.mesh, TOKENS))
@@ -103,17 +109,20 @@ def main() -> None:
     parser.add_argument("--expert-axes", default="ep")
     parser.add_argument("--tokens", default="1,8,64,256", help="of a rank")
     parser.add_argument("--model", default="deepseek,mixtral", help=", ".join(MODELS))
+    parser.add_argument("--kernels", default="auto", choices=("auto", "native", "xla"))
     parser.add_argument("--budget", type=float, default=1.0, help="seconds a row")
     args = parser.parse_args()
     spec = MeshSpec.parse(args.mesh, args.expert_axes)
     jaxmoe.virtual_devices(spec.num_devices)
-    print(f"mesh {spec}, experts over {spec.axes_of_experts}, {jax.devices()[0].platform}")
+    platform = jax.devices()[0].platform
+    kernels = native.choose(args.kernels, platform, jnp.dtype("float32"))
+    print(f"mesh {spec}, experts over {spec.axes_of_experts}, {platform}, {kernels} kernels")
     columns = ("model", "tokens a rank", "skew", "auto takes", "kB sent: replicate, all_to_all", "rounds",
                "ms: dense, replicate, all_to_all", "floor, ms", "auto to floor")  # fmt: skip
     print(f"| {' | '.join(columns)} |")
     print("|---" * len(columns) + "|")
     for model in args.model.split(","):
-        layer, alone = Layer(spec, model), Layer(MeshSpec(), model)
+        layer, alone = Layer(spec, model, kernels), Layer(MeshSpec(), model, kernels)
         for tokens in map(int, args.tokens.split(",")):
             for skew in SKEWS:
                 shape, (x, slots, weights) = layer.shape(tokens), layer.routing(tokens, skew)
