@@ -14,7 +14,7 @@ from jaxmoe.engine.request import Request, SamplingParams
 
 # About as many tokens of KV cache as the peers have.
 CONFIG = EngineConfig(
-    max_batch=protocol.SERVED, max_context=protocol.MAX_CONTEXT, max_prefill_tokens=512, pages_per_rank=2048
+    max_batch=protocol.SERVED, max_context=protocol.MAX_CONTEXT, max_prefill_tokens=2048, pages_per_rank=2048
 )
 
 

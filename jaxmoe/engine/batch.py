@@ -25,7 +25,8 @@ class Economy(NamedTuple):
     """Which programs are worth having, by what a program pays for.
 
     shortest, factor: tokens of the shortest block tables, and how much longer the next are.
-    halves: prefills of half as long chunks, and twice as many, down to SHORT_CHUNK; else only the longest and shortest.
+    halves: prefills of half as long chunks, and twice as many, down to SHORT_CHUNK, and of one a quarter as long; else
+        only of the longest and the shortest.
     """
 
     shortest: int
@@ -181,6 +182,7 @@ class Buckets:
         if economy.halves:
             halves = [longest >> turn for turn in range(longest.bit_length()) if longest >> turn > short]
             prefills |= {(min(together, longest // tokens), tokens) for tokens in halves}
+            prefills |= {(1, tokens) for tokens in halves[::2] if tokens > FEW_TOKENS}
         self.prefill = sorted(prefills, key=lambda shape: (shape[1], shape[0]))
 
     def __iter__(self) -> Iterator[StepShape]:

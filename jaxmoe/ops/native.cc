@@ -42,7 +42,7 @@ constexpr int kLanes = 4, kTileRows = 10, kDepth = 8;
 constexpr int kPanel = 2 * kLanes;
 constexpr int kBlockCols = 128;  // of a packed block, and of what one task computes of many rows
 constexpr int kBlockDepth = 512;
-constexpr int kChunkRows = 192;   // of one task; a multiple of every kTileRows but NEON's
+constexpr int kChunkRows = 384;   // of one task, at most
 constexpr int kStreamRows = 40;   // up to so many rows weights are not worth packing
 constexpr int kKeyBlock = 64;     // keys that attention takes at once; a multiple of it begins a block
 constexpr int kQueryCols = 64;    // queries that one task of attention takes at once
@@ -266,37 +266,59 @@ void Stream(const float* x, ptrdiff_t ldx, int rows, const W* w, ptrdiff_t ldw, 
   for (; k < depth; ++k) StreamRows<1>(x + k, ldx, rows, w + k * ldw, ldw, cols, y, ldy);
 }
 
+// Rows of a matrix that are needed soon, asked for a line at a time over the steps of other work: a processor has few
+// places for lines under way, and those that it needs now want some of them.
+struct Ahead {
+  const char* row;
+  ptrdiff_t stride = 0;       // bytes from row to row
+  int lines = 1;              // of a row
+  int every = INT32_MAX / 2;  // steps
+  int line = 0;
+
+  void Ask() {
+    __builtin_prefetch(row + 64 * line, 0, 2);
+    ++line;
+    row += line == lines ? stride : 0;
+    line = line == lines ? 0 : line;
+  }
+};
+
 // M rows against a packed panel [depth, V * kLanes]. Row i of x at step k: x[i * ldx + k * step].
 template <int M, int V>
 inline void Tile(const float* x, ptrdiff_t ldx, ptrdiff_t step, int depth, const float* panel, float* y,
-                 ptrdiff_t ldy) {
+                 ptrdiff_t ldy, Ahead& ahead) {
   Vec sums[M][V];
   for (int i = 0; i < M; ++i)
     for (int j = 0; j < V; ++j) sums[i][j] = Load(y + i * ldy + j * kLanes);
   const float* of_rows[(M + 2) / 3];
   for (int i = 0; i < (M + 2) / 3; ++i) of_rows[i] = x + 3 * i * ldx;
-  for (int k = 0; k < depth; ++k) {
-    Vec weights[V];
-    for (int j = 0; j < V; ++j) weights[j] = Load(panel + j * kLanes);
-    for (int j = 0; j < V * kLanes; j += 16) __builtin_prefetch(panel + 8 * V * kLanes + j);
-    for (int i = 0; i < M; ++i) {
-      Vec of_row = Splat(of_rows[i / 3][i % 3 * ldx]);
-      for (int j = 0; j < V; ++j) sums[i][j] += of_row * weights[j];
+  Ahead own = ahead;  // in registers
+  for (int k = 0; k < depth;) {
+    own.Ask();
+    for (int stop = std::min(depth, k + own.every); k < stop; ++k) {
+      Vec weights[V];
+      for (int j = 0; j < V; ++j) weights[j] = Load(panel + j * kLanes);
+      for (int j = 0; j < V * kLanes; j += 16) __builtin_prefetch(panel + 8 * V * kLanes + j);
+      for (int i = 0; i < M; ++i) {
+        Vec of_row = Splat(of_rows[i / 3][i % 3 * ldx]);
+        for (int j = 0; j < V; ++j) sums[i][j] += of_row * weights[j];
+      }
+      for (int i = 0; i < (M + 2) / 3; ++i) of_rows[i] += step;
+      panel += V * kLanes;
     }
-    for (int i = 0; i < (M + 2) / 3; ++i) of_rows[i] += step;
-    panel += V * kLanes;
   }
   for (int i = 0; i < M; ++i)
     for (int j = 0; j < V; ++j) Store(sums[i][j], y + i * ldy + j * kLanes);
+  ahead = own;
 }
 
 template <int V, int M = kTileRows>
 inline void TileOf(int rows, const float* x, ptrdiff_t ldx, ptrdiff_t step, int depth, const float* panel, float* y,
-                   ptrdiff_t ldy) {
+                   ptrdiff_t ldy, Ahead& ahead) {
   if constexpr (M > 1) {
-    if (rows < M) return TileOf<V, M - 1>(rows, x, ldx, step, depth, panel, y, ldy);
+    if (rows < M) return TileOf<V, M - 1>(rows, x, ldx, step, depth, panel, y, ldy, ahead);
   }
-  Tile<M, V>(x, ldx, step, depth, panel, y, ldy);
+  Tile<M, V>(x, ldx, step, depth, panel, y, ldy, ahead);
 }
 
 inline int EvenRows(int rows) {  // of a tile, so that all are about as high
@@ -322,14 +344,6 @@ void Pack(const W* w, ptrdiff_t ldw, int depth, int cols, float* panels) {
   }
 }
 
-// Asks for rows begin .. end - 1 of a block of weights.
-template <typename W>
-inline void Prefetch(const W* w, ptrdiff_t ldw, int begin, int end, int cols) {
-  constexpr int kLine = 64 / sizeof(W);
-  for (int k = begin; k < end; ++k)
-    for (int c = 0; c < cols; c += kLine) __builtin_prefetch(w + k * ldw + c, 0, 2);
-}
-
 // cols <= kBlockCols where rows > kStreamRows; y then has room for whole panels. next: what will be multiplied by
 // thereafter, as wide, if that is known.
 template <typename W>
@@ -343,13 +357,19 @@ void Multiply(const float* x, ptrdiff_t ldx, int rows, const W* w, ptrdiff_t ldw
     Pack(w + k * ldw, ldw, deep, cols, panels);
     // While one block is multiplied by, the next is on its way from memory.
     const W* coming = k + deep < depth ? w + (k + deep) * ldw : next;
-    int deep_next = std::min(kBlockDepth, k + deep < depth ? depth - k - deep : depth);
-    for (int tile = 0; tile < tiles; ++tile) {
-      int m = tile * high;
-      if (coming) Prefetch(coming, ldw, deep_next * tile / tiles, deep_next * (tile + 1) / tiles, cols);
-      for (int c = 0; c < cols; c += kPanel) {
-        TileOf<2>(std::min(high, rows - m), x + m * ldx + k, ldx, 1, deep, panels + static_cast<ptrdiff_t>(deep) * c,
-                  y + m * ldy + c, ldy);
+    constexpr int kLine = 64 / sizeof(W);
+    int panels_wide = (cols + kPanel - 1) / kPanel;
+    Ahead ahead{reinterpret_cast<const char*>(x)};
+    if (coming) {
+      int lines = (cols + kLine - 1) / kLine;
+      ahead = {reinterpret_cast<const char*>(coming), static_cast<ptrdiff_t>(ldw * sizeof(W)), lines,
+               std::max(1, tiles * panels_wide / lines)};
+    }
+    // A panel stays in the first cache while rows pass by.
+    for (int p = 0; p < panels_wide; ++p) {
+      for (int m = 0; m < rows; m += high) {
+        TileOf<2>(std::min(high, rows - m), x + m * ldx + k, ldx, 1, deep,
+                  panels + static_cast<ptrdiff_t>(deep) * p * kPanel, y + m * ldy + p * kPanel, ldy, ahead);
       }
     }
   }
@@ -361,6 +381,12 @@ inline int TaskCols(int64_t cols, int64_t parts, int rows, int threads) {
   int64_t wanted = (cols * parts + 4 * threads - 1) / (4 * threads);
   wanted = (wanted + kPanel - 1) / kPanel * kPanel;
   return static_cast<int>(std::min<int64_t>(std::max<int64_t>(wanted, 4 * kPanel), rows > 4 ? 256 : 512));
+}
+
+// Rows of one task, so that all have about as many.
+inline int64_t TaskRows(int64_t rows) {
+  int64_t chunks = (rows + kChunkRows - 1) / kChunkRows;
+  return (rows + chunks - 1) / std::max<int64_t>(chunks, 1);
 }
 
 inline size_t Rounded(size_t cols) { return (cols + kPanel - 1) / kPanel * kPanel; }
@@ -415,7 +441,8 @@ void LinearOf(Team& team, const X* x, int64_t rows, int64_t depth, const std::ve
   for (int64_t each : cols) all += each;
   std::vector<Task> tasks;
   int width = TaskCols(all, 1, static_cast<int>(rows), team.size());
-  for (int64_t row = 0; row < rows; row += kChunkRows)
+  int64_t rows_of_task = TaskRows(rows);
+  for (int64_t row = 0; row < rows; row += rows_of_task)
     for (size_t i = 0; i < cols.size(); ++i)
       for (int64_t col = 0; col < cols[i]; col += width)
         tasks.push_back({static_cast<int>(i), static_cast<int>(row), static_cast<int>(col),
@@ -424,7 +451,7 @@ void LinearOf(Team& team, const X* x, int64_t rows, int64_t depth, const std::ve
   const float* input = Wide(x, rows * depth, wide);
   team.Run(tasks.size(), [&](int64_t index) {
     const Task& task = tasks[index];
-    int high = static_cast<int>(std::min<int64_t>(kChunkRows, rows - task.row));
+    int high = static_cast<int>(std::min(rows_of_task, rows - task.row));
     size_t ldy = Rounded(task.cols);
     float* y = Local(high * ldy, 1);
     std::memset(y, 0, high * ldy * sizeof(float));
@@ -485,11 +512,11 @@ void HeadsOf(Team& team, const X* x, int64_t rows, int64_t heads, int64_t depth,
   std::unique_ptr<Scratch> wide;
   const float* input = Wide(x, rows * heads * depth, wide);
   int64_t ldw = heads * stack_cols, blocks = (cols + kBlockCols - 1) / kBlockCols;
-  int64_t chunks = (rows + kChunkRows - 1) / kChunkRows;
+  int64_t rows_of_task = TaskRows(rows), chunks = (rows + rows_of_task - 1) / std::max<int64_t>(rows_of_task, 1);
   team.Run(heads * blocks * chunks, [&](int64_t task) {
-    int64_t head = task % heads, col = task / heads % blocks * kBlockCols, row = task / heads / blocks * kChunkRows;
+    int64_t head = task % heads, col = task / heads % blocks * kBlockCols, row = task / heads / blocks * rows_of_task;
     int wide_cols = static_cast<int>(std::min<int64_t>(kBlockCols, cols - col));
-    int high = static_cast<int>(std::min<int64_t>(kChunkRows, rows - row));
+    int high = static_cast<int>(std::min(rows_of_task, rows - row));
     size_t ldy = Rounded(wide_cols);
     float* y = Local(high * ldy, 1);
     std::memset(y, 0, high * ldy * sizeof(float));
@@ -499,6 +526,7 @@ void HeadsOf(Team& team, const X* x, int64_t rows, int64_t heads, int64_t depth,
       Multiply(from, heads * depth, high, own + col, ldw, static_cast<int>(depth), wide_cols, y, ldy);
     } else {
       float* panels = Local(static_cast<size_t>(kBlockDepth) * kBlockCols, 0);
+      Ahead resting{reinterpret_cast<const char*>(own)};
       int tile = EvenRows(high);
       for (int k = 0; k < depth; k += kBlockDepth) {
         int deep = static_cast<int>(std::min<int64_t>(kBlockDepth, depth - k));
@@ -506,7 +534,7 @@ void HeadsOf(Team& team, const X* x, int64_t rows, int64_t heads, int64_t depth,
         for (int m = 0; m < high; m += tile)
           for (int c = 0; c < wide_cols; c += kPanel)
             TileOf<2>(std::min(tile, high - m), from + m * heads * depth + k, heads * depth, 1, deep,
-                      panels + static_cast<ptrdiff_t>(deep) * c, y + m * ldy + c, ldy);
+                      panels + static_cast<ptrdiff_t>(deep) * c, y + m * ldy + c, ldy, resting);
       }
     }
     for (int m = 0; m < high; ++m)
@@ -601,9 +629,10 @@ void GroupedMlpOf(Team& team, const X* x, int64_t rows, int64_t width, const int
     for (int64_t slot = 0; slot < num_slots; ++slot) {
       int64_t held = begins[slot + 1] - begins[slot];
       int of_task = held > kStreamRows ? most_cols : TaskCols(cols, active, static_cast<int>(held), team.size());
-      for (int64_t row = 0; row < held; row += kChunkRows)
+      int64_t rows_of_task = TaskRows(held);
+      for (int64_t row = 0; row < held; row += rows_of_task)
         for (int64_t col = 0; col < cols; col += of_task)
-          tasks.push_back({slot, begins[slot] + row, static_cast<int>(std::min<int64_t>(kChunkRows, held - row)),
+          tasks.push_back({slot, begins[slot] + row, static_cast<int>(std::min(rows_of_task, held - row)),
                            static_cast<int>(col), static_cast<int>(std::min<int64_t>(of_task, cols - col))});
     }
     return tasks;
@@ -624,10 +653,14 @@ void GroupedMlpOf(Team& team, const X* x, int64_t rows, int64_t width, const int
       }
     }
   });
+  // What this thread is likely to do next, if all take their turns.
+  int turn = team.size();
   std::vector<Task> into = make_tasks(inner, kBlockCols);
+  auto gate_of = [&](const Task& task) { return gate_up + task.slot * width * 2 * inner + task.col; };
   team.Run(into.size(), [&](int64_t index) {
     const Task& task = into[index];
-    const W* gate = gate_up + task.slot * width * 2 * inner + task.col;
+    const W* gate = gate_of(task);
+    const W* next = index + turn < static_cast<int64_t>(into.size()) ? gate_of(into[index + turn]) : nullptr;
     size_t ldy = Rounded(task.cols);
     float* y = Local(2 * task.rows * ldy, 1);
     float* up = y + task.rows * ldy;
@@ -635,7 +668,7 @@ void GroupedMlpOf(Team& team, const X* x, int64_t rows, int64_t width, const int
     const float* from = gathered + task.row * width;
     Multiply(from, width, task.rows, gate, 2 * inner, static_cast<int>(width), task.cols, y, ldy,
              gate + inner);
-    Multiply(from, width, task.rows, gate + inner, 2 * inner, static_cast<int>(width), task.cols, up, ldy);
+    Multiply(from, width, task.rows, gate + inner, 2 * inner, static_cast<int>(width), task.cols, up, ldy, next);
     if (gate_up_scale) {
       const float* scale = gate_up_scale + task.slot * 2 * inner + task.col;
       Scale(y, ldy, task.rows, task.cols, scale);
@@ -647,13 +680,15 @@ void GroupedMlpOf(Team& team, const X* x, int64_t rows, int64_t width, const int
     }
   });
   std::vector<Task> out_of = make_tasks(width, kBlockCols);
+  auto down_of = [&](const Task& task) { return down + task.slot * inner * width + task.col; };
   team.Run(out_of.size(), [&](int64_t index) {
     const Task& task = out_of[index];
+    const W* next = index + turn < static_cast<int64_t>(out_of.size()) ? down_of(out_of[index + turn]) : nullptr;
     size_t ldy = Rounded(task.cols);
     float* y = Local(task.rows * ldy, 1);
     std::memset(y, 0, task.rows * ldy * sizeof(float));
-    Multiply(hidden + task.row * inner, inner, task.rows, down + task.slot * inner * width + task.col, width,
-             static_cast<int>(inner), task.cols, y, ldy);
+    Multiply(hidden + task.row * inner, inner, task.rows, down_of(task), width, static_cast<int>(inner), task.cols, y,
+             ldy, next);
     if (down_scale) Scale(y, ldy, task.rows, task.cols, down_scale + task.slot * width + task.col);
     for (int m = 0; m < task.rows; ++m)
       std::memcpy(products + (task.row + m) * width + task.col, y + m * ldy, task.cols * sizeof(float));
@@ -757,6 +792,7 @@ template <typename X, typename Source>
 void AttendTask(const X* query, int64_t heads, int64_t head_dim, int64_t value_dim, int group, int tokens,
                 const int32_t* positions, const Source& source, int32_t first, float scale, Span span,
                 int64_t span_size, X* out) {
+  Ahead resting{reinterpret_cast<const char*>(query)};
   int queries = tokens * group;
   int cols = queries <= kLanes ? kLanes : (queries + kPanel - 1) / kPanel * kPanel;
   int panel = std::min(cols, kPanel), panels = cols / panel;
@@ -808,9 +844,9 @@ void AttendTask(const X* query, int64_t heads, int64_t head_dim, int64_t value_d
       for (int i = 0; i < count; i += key_rows) {
         int rows = std::min(key_rows, count - i);
         if (panel == kPanel) {
-          TileOf<2>(rows, key_block + i * head_dim, head_dim, 1, head_dim, of_queries, of_panel + i * panel, panel);
+          TileOf<2>(rows, key_block + i * head_dim, head_dim, 1, head_dim, of_queries, of_panel + i * panel, panel, resting);
         } else {
-          TileOf<1>(rows, key_block + i * head_dim, head_dim, 1, head_dim, of_queries, of_panel + i * panel, panel);
+          TileOf<1>(rows, key_block + i * head_dim, head_dim, 1, head_dim, of_queries, of_panel + i * panel, panel, resting);
         }
       }
       for (int v = 0; v < panel; v += kLanes) {
@@ -851,9 +887,9 @@ void AttendTask(const X* query, int64_t heads, int64_t head_dim, int64_t value_d
       for (int64_t i = 0; i < value_dim; i += value_rows) {
         int rows = static_cast<int>(std::min<int64_t>(value_rows, value_dim - i));
         if (panel == kPanel) {
-          TileOf<2>(rows, block + i, 1, block_stride, count, of_panel, of_sums + i * panel, panel);
+          TileOf<2>(rows, block + i, 1, block_stride, count, of_panel, of_sums + i * panel, panel, resting);
         } else {
-          TileOf<1>(rows, block + i, 1, block_stride, count, of_panel, of_sums + i * panel, panel);
+          TileOf<1>(rows, block + i, 1, block_stride, count, of_panel, of_sums + i * panel, panel, resting);
         }
       }
     }
