@@ -163,7 +163,7 @@ def _head_dim(config: ModelConfig) -> int:
 
 
 def _experts(deployment: Deployment, shape: StepShape) -> int:
-    """Buffers of an exchange, the rows of pairs of tokens and experts, and the sums."""
+    """Buffers of an exchange, the rows of pairs of tokens and experts, and the sums; what a TPU merges of matrices."""
     config, mixture = deployment.config, deployment.mixture(shape)
     strategy, itemsize = deployment.strategy(shape), deployment.itemsize
     rows = mixture.tokens * mixture.devices
@@ -180,6 +180,9 @@ def _experts(deployment: Deployment, shape: StepShape) -> int:
         computed = rows * config.experts_per_token * inner * itemsize
     else:
         computed = pairs * (2 * config.width + 3 * inner) * itemsize + pairs * config.width * FLOAT32
+    if implementation_for(deployment.execution.platform) == "megablox":
+        # Sliced, and merged by a copy.
+        computed += 2 * (deployment.slots // mixture.devices) * config.width * 2 * inner * itemsize
     return moved + computed + rows * config.width * FLOAT32
 
 
