@@ -93,8 +93,10 @@ def page_groups(model: Model, config: EngineConfig, max_context: int) -> tuple[P
     of_one = [pages_reached(span, config.max_prefill_tokens, page_size, total) for span in spans]
     longest = max(spans, key=lambda span: (span == FULL, span.size))
     enough = of_one[spans.index(longest)]
+    platform = model.mesh.devices.flat[0].platform
     page_bytes = [
-        bytes_per_page(model.config, group, page_size, model.dtype, model.rules) for group in range(len(spans))
+        bytes_per_page(model.config, group, page_size, model.dtype, model.rules, platform)
+        for group in range(len(spans))
     ]
 
     def pages(most: int, sequences: int) -> list[int]:

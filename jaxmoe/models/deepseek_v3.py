@@ -31,11 +31,11 @@ _EXPERT = _MLP + "experts.{expert}."
 # Parameter of the module <-> tensor of the checkpoint, with the axes of both sides.
 KEYS = {
     **SKELETON,
-    "attention.query": Key(_ATTENTION + "q_proj.weight", "(H d) D -> D H d"),
+    "attention.query": Key(_ATTENTION + "q_proj.weight", "N D -> D N"),
     "attention.query_a": Key(_ATTENTION + "q_a_proj.weight", "r D -> D r"),
     "attention.query_a_bias": Key(_ATTENTION + "q_a_proj.bias", "r"),
     "attention.query_norm": Key(_ATTENTION + "q_a_layernorm.weight", "r"),
-    "attention.query_b": Key(_ATTENTION + "q_b_proj.weight", "(H d) r -> r H d"),
+    "attention.query_b": Key(_ATTENTION + "q_b_proj.weight", "N r -> r N"),
     "attention.latent": Key(_ATTENTION + "kv_a_proj_with_mqa.weight", "r D -> D r"),
     "attention.latent_bias": Key(_ATTENTION + "kv_a_proj_with_mqa.bias", "r"),
     "attention.latent_norm": Key(_ATTENTION + "kv_a_layernorm.weight", "r"),

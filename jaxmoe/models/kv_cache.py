@@ -17,11 +17,13 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.models.config import ModelConfig
+from jaxmoe.ops.linear import TPU_LANES
 from jaxmoe.sharding.rules import Rules
 from jaxmoe.spans import Span
 
 # Arrays of one group: keys (already rotated) and values [L, pages of all ranks, page, Kv, d], or where attention is
-# latent a single one, of the normed latent and the rotated key of all heads [L, pages of all ranks, page, r + dr].
+# latent a single one, of the normed latent and the rotated key of all heads [L, pages of all ranks, page, r + dr], on a
+# TPU with room behind it up to a multiple of 128.
 # The axes with an underscore differ from group to group, so no two arrays of a cache are held to the same.
 Pages: TypeAlias = tuple[Float[Array, "_L _pages_of_all_ranks page *vector"], ...]
 KVCache: TypeAlias = tuple[Pages, ...]
@@ -39,10 +41,15 @@ class PagedContext(NamedTuple):
     firsts: tuple[Int[Array, "R B"], ...]
 
 
-def cache_vectors(config: ModelConfig) -> tuple[tuple[int, ...], ...]:
-    """Shape of what each array keeps for a token and layer."""
+def cache_vectors(config: ModelConfig, platform: str = "cpu") -> tuple[tuple[int, ...], ...]:
+    """Shape of what each array keeps for a token and layer. platform: by JAX's name, "cpu", "gpu" or "tpu".
+
+    A TPU pads the last axis to whole tiles, or else XLA puts another axis last, in whose order nothing can be written:
+    every step would copy the whole cache there and back. So the room is asked for.
+    """
     if config.latent is not None:
-        return ((config.latent.kv_lora_rank + config.latent.rope_dim,),)
+        width = config.latent.kv_lora_rank + config.latent.rope_dim
+        return ((width + -width % TPU_LANES if platform == "tpu" else width,),)
     return ((config.kv_heads, config.head_dim),) * 2
 
 
@@ -62,7 +69,8 @@ def cache_shapes(
     dtype: jnp.dtype,
 ) -> CacheShapes:
     """The arrays of a cache, with their shardings. pages_per_rank: of each group."""
-    arrays = list(zip(cache_vectors(config), cache_partitions(config, rules), strict=True))
+    vectors = cache_vectors(config, mesh.devices.flat[0].platform)
+    arrays = list(zip(vectors, cache_partitions(config, rules), strict=True))
 
     def shape(span: Span, pages: int, vector: tuple[int, ...], spec: P) -> jax.ShapeDtypeStruct:
         axes = (len(config.layers_of(span)), rules.spec.num_ranks * pages, page_size, *vector)
@@ -92,8 +100,10 @@ def make_cache(
         return jax.tree.map(zeros, cache_shapes(config, mesh, rules, pages_per_rank, page_size, dtype))
 
 
-def bytes_per_page(config: ModelConfig, group: int, page_size: int, dtype: jnp.dtype, rules: Rules) -> int:
+def bytes_per_page(
+    config: ModelConfig, group: int, page_size: int, dtype: jnp.dtype, rules: Rules, platform: str = "cpu"
+) -> int:
     """Bytes on one device of one page of a group, over all the group's layers."""
-    numbers = sum(math.prod(vector) for vector in cache_vectors(config))
+    numbers = sum(math.prod(vector) for vector in cache_vectors(config, platform))
     split = 1 if config.latent is not None else rules.parts("kv_heads")
     return len(config.layers_of(config.spans[group])) * page_size * numbers // split * jnp.dtype(dtype).itemsize

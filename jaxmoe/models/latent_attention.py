@@ -26,16 +26,19 @@ class LatentAttention(CachedAttention):
     """Parameters of all layers; rq, r: ranks of query and latent; dn, dr, dv: parts of a head without and with
     rotation, and its value.
 
-    query_a [L, D, rq], query_norm [L, rq], query_b [L, rq, H, dn + dr], or query [L, D, H, dn + dr] without a rank;
-    latent [L, D, r + dr], latent_norm [L, r], key_value [L, r, H, dn + dv], out [L, H, dv, D]; maybe biases.
+    query_a [L, D, rq], query_norm [L, rq], query_b [L, rq, H * (dn + dr)], or query [L, D, H * (dn + dr)] without a
+    rank; latent [L, D, r + dr], latent_norm [L, r], key_value [L, r, H, dn + dv], out [L, H, dv, D]; maybe biases.
+
+    Heads of queries are merged because a TPU keeps the last two axes in tiles of 8 by 128: dn + dr = 192 alone would be
+    padded by a third, or as XLA has it, lie in an order that no matmul wants.
     """
 
     SPLIT: ClassVar = {
-        "query": (None, None, "heads", None),
+        "query": (None, None, "heads"),
         "query_a": (None, None, None),
         "query_a_bias": (None, None),
         "query_norm": (None, None),
-        "query_b": (None, None, "heads", None),
+        "query_b": (None, None, "heads"),
         "latent": (None, None, None),
         "latent_bias": (None, None),
         "latent_norm": (None, None),
@@ -52,7 +55,7 @@ class LatentAttention(CachedAttention):
     def shapes(self) -> Shapes:
         """See CachedAttention."""
         c, m = self.config, self.dims
-        query_dim = m.nope_dim + m.rope_dim
+        queries = c.heads * (m.nope_dim + m.rope_dim)
         shapes: Shapes = {
             "latent": ((c.width, m.kv_lora_rank + m.rope_dim), c.width**-0.5),
             "latent_norm": ((m.kv_lora_rank,), 0),
@@ -60,11 +63,11 @@ class LatentAttention(CachedAttention):
             "out": ((c.heads, m.value_dim, c.width), (2 * c.layers * c.heads * m.value_dim) ** -0.5),
         }
         if m.q_lora_rank is None:
-            shapes["query"] = ((c.width, c.heads, query_dim), c.width**-0.5)
+            shapes["query"] = ((c.width, queries), c.width**-0.5)
         else:
             shapes["query_a"] = ((c.width, m.q_lora_rank), c.width**-0.5)
             shapes["query_norm"] = ((m.q_lora_rank,), 0)
-            shapes["query_b"] = ((m.q_lora_rank, c.heads, query_dim), m.q_lora_rank**-0.5)
+            shapes["query_b"] = ((m.q_lora_rank, queries), m.q_lora_rank**-0.5)
         if c.attention_bias:
             shapes["latent_bias"] = ((m.kv_lora_rank + m.rope_dim,), 0.02)
             shapes["out_bias"] = ((c.width,), 0.02)
@@ -88,6 +91,7 @@ class LatentAttention(CachedAttention):
         else:
             low, both = weights.project(x, "query_a", "latent")
             (query,) = weights.project(rms_norm(low, weights["query_norm"], NORM_EPS), "query_b")
+        query = query.reshape(*query.shape[:2], -1, nope + self.dims.rope_dim)
         latent = rms_norm(both[..., :rank], weights["latent_norm"], NORM_EPS)
         cos, sin = cos_sin(config.rope, config.head_dim, jnp.maximum(positions, 0), x.dtype)
         query_rope = rotate(query[..., nope:], cos, sin, config.rope_interleaved)

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxmoe.ops import native
 from jaxmoe.ops.gating import swiglu
-from jaxmoe.ops.linear import Kernels
+from jaxmoe.ops.linear import Kernels, of_layer
 from jaxmoe.ops.quantised import Quantised, Stack, pick, times
 
 Implementation = Literal["tiles", "native", "ragged_dot", "megablox"]
@@ -92,8 +92,8 @@ def gated_mlp(
     if implementation == "native":
         alone = jnp.zeros((x.shape[0], 1), jnp.int32), jnp.ones((x.shape[0], 1), jnp.float32)
         return native.grouped_mlp(x, *alone, gate_up, down, layer, activation, weigh_input=False)
-    hidden = swiglu(jnp.tensordot(x, gate_up[layer], 1), activation)
-    return hidden @ down[layer]
+    hidden = swiglu(jnp.tensordot(x, of_layer(gate_up, layer), 1), activation)
+    return hidden @ of_layer(down, layer)
 
 
 class _Static(NamedTuple):

@@ -3,13 +3,16 @@
 from collections.abc import Sequence
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.ops import native
 
 # Of every op that has kernels of its own: "native" is `ops/native.py`, "xla" works anywhere.
 Kernels = Literal["xla", "native"]
+TPU_LANES = 128  # numbers side by side in a tile of a TPU's memory: a shorter last axis is padded, or not the last
 
 
 def linear(
@@ -24,7 +27,7 @@ def linear(
     """
     if implementation == "native":
         return native.linear(x, stacks, layer)
-    return [jnp.tensordot(x, stack[layer], 1) for stack in stacks]
+    return [jnp.tensordot(x, of_layer(stack, layer), 1) for stack in stacks]
 
 
 def linear_transposed(
@@ -50,5 +53,22 @@ def linear_by_head(
     """
     if implementation == "native":
         return native.linear_by_head(x, stack, layer, columns, transposed)
-    matrices = stack[layer][..., columns]
+    matrices = of_layer(stack, layer)[..., columns]
     return jnp.einsum("...hw,rhw->...hr" if transposed else "...hr,rhw->...hw", x, matrices)
+
+
+def of_layer(stack: Float[Array, "_L *axes"], layer: int | Int[Array, ""]) -> Float[Array, "*axes"]:
+    """The layer's matrix.
+
+    A matmul on a TPU may want its axes in another order than they lie in. XLA asks for that of the whole stack, and if
+    several loops read it, copies it all before the first. Held to its order, a layer is turned when its turn comes.
+    """
+
+    def hold(matrix: Array) -> Array:
+        return with_layout_constraint(matrix, Layout(tuple(range(matrix.ndim))))
+
+    matrix = stack[layer]
+    if matrix.shape[-1] % TPU_LANES:
+        # Lies on a TPU in an order that is for XLA to choose.
+        return matrix
+    return jax.lax.platform_dependent(matrix, tpu=hold, default=lambda matrix: matrix)

@@ -39,7 +39,11 @@ def write(
     where: Where,
     implementation: Kernels = "xla",
 ) -> tuple[Array, ...]:
-    """Puts every token's vector in its place of a layer, in each of the arrays. Padding (-1) is written nowhere."""
+    """Puts every token's vector in its place of a layer, in each of the arrays. Padding (-1) is written nowhere.
+
+    Where an array has room for longer vectors than these, zeros fill it.
+    """
+    new = tuple(_filled(vectors, array.shape[-1]) for vectors, array in zip(new, pages, strict=True))
     if implementation == "native":
         return native.write(pages, new, positions, *where)
     layer, table, first = where
@@ -79,9 +83,10 @@ def attend(
     """Attention of queries at `positions` (-1: padding, whose rows mean nothing) over what the cache holds.
 
     pages: of keys and of values, or one array for both; vectors [Kv, w], or [w] of one head. A value is the first dv
-    numbers of what there is for a token and head.
+    numbers of what there is for a token and head; a query may be shorter than what it meets, which then ends in zeros.
     Scores and softmax in float32.
     """
+    query = _filled(query, pages[0].shape[-1])
     if implementation == "native":
         return native.attend(query, positions, pages[0], pages[-1], *where, scale, span, value_dim)
     held = [read(array, where).astype(query.dtype) for array in pages]
@@ -104,15 +109,23 @@ def attend_latent(
 ) -> Float[Array, "B T H dv"]:
     """`attend` with every head's keys and values made, by the layer's `key_value`, of the latents that the cache holds.
 
-    An entry of the cache is a token's latent [r] and its rotated key [w - r], which all heads share; a query is its
-    part that meets made keys, then its rotated part.
+    An entry of the cache is a token's latent [r] and its rotated key [dr], which all heads share, and maybe room, of
+    which "native" knows nothing; a query is its part that meets made keys [m - dv], then its rotated part.
     """
     if implementation == "native":
         return native.attend_latent(query, positions, entries, *where, key_value, layer, scale, span, value_dim)
     held = read(entries, where).astype(query.dtype)
-    rank, width = key_value.shape[1], held.shape[-1]
+    rank, made_dim = key_value.shape[1], key_value.shape[3] - value_dim
+    rope_dim = query.shape[-1] - made_dim
     (made,) = linear(held[..., :rank], [key_value], layer)
-    rotated = jnp.broadcast_to(held[:, :, None, rank:], (*made.shape[:3], width - rank))
-    key = jnp.concatenate([made[..., :-value_dim], rotated], axis=-1)
+    rotated = jnp.broadcast_to(held[:, :, None, rank : rank + rope_dim], (*made.shape[:3], rope_dim))
+    key = jnp.concatenate([made[..., :made_dim], rotated], axis=-1)
     mask = causal_mask(positions, positions_of(where, entries.shape[2]), span)
-    return attention(query, key, made[..., -value_dim:], mask, scale)
+    return attention(query, key, made[..., made_dim:], mask, scale)
+
+
+def _filled(vectors: Float[Array, "*axes w"], width: int) -> Float[Array, "*axes {width}"]:
+    """With zeros behind them up to this width."""
+    if vectors.shape[-1] == width:
+        return vectors
+    return jnp.pad(vectors, [(0, 0)] * (vectors.ndim - 1) + [(0, width - vectors.shape[-1])])

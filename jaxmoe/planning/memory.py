@@ -13,7 +13,7 @@ from jaxmoe.engine.batch import StepShape
 from jaxmoe.engine.config import ACCELERATOR_SHARE
 from jaxmoe.engine.pages import pages_reached
 from jaxmoe.models.config import ModelConfig
-from jaxmoe.models.kv_cache import bytes_per_page
+from jaxmoe.models.kv_cache import bytes_per_page, cache_vectors
 from jaxmoe.models.latent_attention import absorbs
 from jaxmoe.models.segments import segments
 from jaxmoe.ops.grouped_mlp import implementation_for
@@ -55,9 +55,9 @@ def pages_of_a_sequence(deployment: Deployment) -> list[int]:
 
 def page_bytes(deployment: Deployment) -> list[int]:
     """Bytes of a page of each group, on each device of a rank."""
-    config, limits = deployment.config, deployment.limits
+    config, limits, platform = deployment.config, deployment.limits, deployment.execution.platform
     return [
-        bytes_per_page(config, group, limits.page_size, deployment.subject.dtype, deployment.rules)
+        bytes_per_page(config, group, limits.page_size, deployment.subject.dtype, deployment.rules, platform)
         for group in range(len(config.spans))
     ]
 
@@ -147,7 +147,7 @@ def _attention(deployment: Deployment, shape: StepShape, span: Span) -> int:
         if "kv_heads" not in rules.split and rules.parts("heads") > 1 and kv_heads > 1:
             numbers += 2 * every_key * config.head_dim
     else:
-        entry = dims.kv_lora_rank + dims.rope_dim
+        ((entry,),) = cache_vectors(config, deployment.execution.platform)
         numbers += 2 * every_key * entry
         if absorbs(dims, shape.tokens, keys):
             numbers += every_key * dims.kv_lora_rank + tokens * heads * (entry + 2 * dims.kv_lora_rank)
@@ -163,7 +163,7 @@ def _head_dim(config: ModelConfig) -> int:
 
 
 def _experts(deployment: Deployment, shape: StepShape) -> int:
-    """Buffers of an exchange, the rows of pairs of tokens and experts, and the sums."""
+    """Buffers of an exchange, the rows of pairs of tokens and experts, and the sums; what a TPU merges of matrices."""
     config, mixture = deployment.config, deployment.mixture(shape)
     strategy, itemsize = deployment.strategy(shape), deployment.itemsize
     rows = mixture.tokens * mixture.devices
@@ -180,6 +180,9 @@ def _experts(deployment: Deployment, shape: StepShape) -> int:
         computed = rows * config.experts_per_token * inner * itemsize
     else:
         computed = pairs * (2 * config.width + 3 * inner) * itemsize + pairs * config.width * FLOAT32
+    if implementation_for(deployment.execution.platform) == "megablox":
+        # Sliced, and merged by a copy.
+        computed += 2 * (deployment.slots // mixture.devices) * config.width * 2 * inner * itemsize
     return moved + computed + rows * config.width * FLOAT32
 
 

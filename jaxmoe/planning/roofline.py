@@ -7,6 +7,7 @@ import math
 from typing import NamedTuple
 
 from jaxmoe.engine.batch import StepShape
+from jaxmoe.models.kv_cache import cache_vectors
 from jaxmoe.models.latent_attention import absorbs
 from jaxmoe.planning.collectives import Exchange, exchanges
 from jaxmoe.planning.deployment import Deployment
@@ -159,9 +160,9 @@ def _attended(deployment: Deployment, shape: StepShape) -> tuple[float, float]:
             numbers = 2 * config.kv_heads // rules.parts("kv_heads") * config.head_dim
             each = 2 * config.head_dim
         else:
-            numbers = dims.kv_lora_rank + dims.rope_dim
+            ((numbers,),) = cache_vectors(config, deployment.execution.platform)
             absorbed = absorbs(dims, shape.tokens, keys)
-            each = numbers + dims.kv_lora_rank if absorbed else dims.nope_dim + dims.rope_dim + dims.value_dim
+            each = dims.rope_dim + (2 * dims.kv_lora_rank if absorbed else dims.nope_dim + dims.value_dim)
         read += layers * shape.batch * keys * numbers * deployment.itemsize
         # Each token sees one key more than the token before it, the last of them all; none more than its span.
         pairs = shape.tokens * keys - shape.tokens * (shape.tokens - 1) // 2

@@ -20,7 +20,7 @@ def model_of(preset, gib, tp=1, **edit):
     """As much of a model on an accelerator as sizing its cache looks at. gib: free for pages on each device."""
     hf = {**read_preset(preset), **edit}
     memory = {"bytes_limit": int(gib * 2**30 / ACCELERATOR_SHARE) + 1, "bytes_in_use": 0}
-    device = types.SimpleNamespace(memory_stats=lambda: memory)
+    device = types.SimpleNamespace(platform="gpu", memory_stats=lambda: memory)
     config = family_of(hf).read_config(hf)
     return types.SimpleNamespace(
         config=config,

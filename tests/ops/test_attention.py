@@ -2,6 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmoe.ops import paged_attention
 from jaxmoe.ops.attention import attention, causal_mask
 from jaxmoe.spans import FULL, Span
 
@@ -78,3 +79,23 @@ def test_padding_is_seen_by_nobody_and_sees_nothing():
     mask = np.asarray(causal_mask(jnp.array([[0, 1, -1]]), jnp.array([[0, 1, -1]])))[0]
     assert not mask[:, 2].any()
     assert not mask[2].any()
+
+
+def test_room_behind_what_a_cache_holds_changes_nothing():
+    rng = np.random.default_rng(0)
+    entries, key_value, absorbed, expanded = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in [(2, 5, 12), (1, 8, 3, 13), (2, 5, 3, 12), (2, 5, 3, 11)]
+    )
+    positions = jnp.arange(5)[None] + jnp.zeros((2, 1), jnp.int32)
+    where = paged_attention.Where(1, jnp.asarray([[3, 0], [1, 2]]), jnp.zeros(2, jnp.int32))
+
+    def attended(width):
+        pages = paged_attention.write((jnp.full((2, 4, 4, width), 3.0),), (entries,), positions, where)
+        return (
+            paged_attention.attend(absorbed, positions, pages, where, 0.3, FULL, 8),
+            paged_attention.attend_latent(expanded, positions, *pages, where, key_value, 0, 0.3, FULL, 6),
+        )
+
+    for exact, with_room in zip(attended(12), attended(16), strict=True):
+        np.testing.assert_allclose(exact, with_room, atol=1e-6)

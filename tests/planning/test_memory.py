@@ -1,5 +1,6 @@
 """What is planned is what is loaded, and what XLA says it needs."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 
 from jaxmoe.engine.config import EngineConfig
 from jaxmoe.engine.model import Model
+from jaxmoe.models.decoder import Execution
 from jaxmoe.models.kv_cache import make_cache
 from jaxmoe.models.presets import read_preset
 from jaxmoe.planning.ahead import compile_step, unloaded_steps
@@ -112,6 +114,13 @@ def test_weights_pages_and_workspace_are_within_a_twentieth_of_what_xla_says(fam
         told = compile_step(steps, shape, on)
         planned = exact + workspace(plan, shape).total
         assert planned == pytest.approx(told.needed, rel=0.05)
+
+
+def test_on_a_tpu_a_latent_takes_whole_tiles():
+    plan = deploy("deepseek-v3", "ep=32", "ep", dtype="bfloat16", max_context=4096)
+    on_tpu = dataclasses.replace(plan, execution=Execution(platform="tpu"))
+    assert sequence_bytes(plan) == 62 * 4096 * 576 * 2
+    assert sequence_bytes(on_tpu) == 62 * 4096 * 640 * 2
 
 
 def test_a_server_makes_no_more_pages_than_the_plan_has_room_for():

@@ -10,6 +10,7 @@ from jaxmoe.engine.config import EngineConfig
 from jaxmoe.errors import ConfigError
 from jaxmoe.models.decoder import Execution
 from jaxmoe.models.presets import read_preset
+from jaxmoe.planning.ahead import compile_step, tpu_mesh, unloaded_steps
 from jaxmoe.planning.deployment import Deployment, Subject
 from jaxmoe.planning.hardware import DEVICES, GIB, device_named
 from jaxmoe.planning.memory import memory
@@ -146,6 +147,18 @@ def test_steps_compile_for_a_slice_that_is_not_here(capsys):
     assert code == 0
     assert "COMPILED for tpu:v5e:4x4" in out
     assert "ragged-all-to-all" in out
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_temporaries_on_a_tpu_do_not_grow_with_layers():
+    def temporaries(layers):
+        preset = f"deepseek-v3:scale=2,num_hidden_layers={layers},n_routed_experts=32"
+        # Pages enough that no copy of a stack would fit the memory that is beside the main one.
+        plan = deploy(preset, "ep=4", device=DEVICES["v5e"], max_batch=32, max_context=2048)
+        mesh = tpu_mesh("v5e", "2x2", plan.spec)
+        return compile_step(unloaded_steps(plan, mesh), plan.decode, mesh).temporaries
+
+    assert temporaries(9) == pytest.approx(temporaries(5), rel=0.02)
 
 
 def test_the_command_lists_every_device():
