@@ -29,7 +29,7 @@ from jaxmoe.models.config import ModelConfig
 from jaxmoe.models.keys import Key, Keys, flat, nested
 
 MANIFEST, PARAMS = "jaxmoe.json", "params"
-FORMAT = 1
+FORMAT = 2
 # A chunk is read whole: never more than one layer of one expert, and no more than this.
 CHUNK_BYTES = 32 << 20
 # Orbax keeps what it has not yet written in memory, up to the larger of this and one shard.
