@@ -31,21 +31,21 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// kTileRows x kPanel sums stay in registers beside a row of the panel; kDepth x kPanel weights do in Stream.
+// kSums vectors of sums stay in registers beside a row of a panel; kDepth pairs of vectors of weights do in Stream.
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kTileRows = 12, kDepth = 8;
+constexpr int kLanes = 16, kSums = 24, kTileVecs = 4, kDepth = 8;
 #elif defined(__AVX__)
-constexpr int kLanes = 8, kTileRows = 6, kDepth = 4;
+constexpr int kLanes = 8, kSums = 12, kTileVecs = 2, kDepth = 4;
 #else
-constexpr int kLanes = 4, kTileRows = 10, kDepth = 8;
+constexpr int kLanes = 4, kSums = 24, kTileVecs = 4, kDepth = 8;
 #endif
-constexpr int kPanel = 2 * kLanes;
+constexpr int kPair = 2 * kLanes, kPanel = kTileVecs * kLanes;
 constexpr int kBlockCols = 128;  // of a packed block, and of what one task computes of many rows
-constexpr int kBlockDepth = 512;
-constexpr int kChunkRows = 384;   // of one task, at most
+constexpr int kBlockDepth = 256;
+constexpr int kChunkRows = 264;   // of one task, at most
 constexpr int kStreamRows = 40;   // up to so many rows weights are not worth packing
 constexpr int kKeyBlock = 64;     // keys that attention takes at once; a multiple of it begins a block
-constexpr int kQueryCols = 64;    // queries that one task of attention takes at once
+constexpr int kQueryCols = 128;   // queries that one task of attention takes at once
 
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef float VecU __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
@@ -100,10 +100,16 @@ inline Vec Load(const Fp8* from) {
   return (Vec)((IVec)value | (bits & (int32_t)0x80000000));
 }
 inline void Store(Vec value, float* to) { *reinterpret_cast<VecU*>(to) = value; }
+template <typename X>
+inline void Copy(const X* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) Store(Load(from + i), to + i);
+  for (; i < count; ++i) to[i] = Widen(from[i]);
+}
 inline Vec Max(Vec a, Vec b) { return a > b ? a : b; }
 
 // e^x to 2 units in the last place; 0 for x below -87, where results would be denormal.
-inline Vec Exp(Vec x) {
+__attribute__((always_inline)) inline Vec Exp(Vec x) {
   const Vec magic = Splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
   Vec bounded = x > Splat(88.0f) ? Splat(88.0f) : x;
   bounded = bounded < Splat(-87.0f) ? Splat(-87.0f) : bounded;
@@ -230,8 +236,9 @@ template <int D, typename W>
 inline void StreamRows(const float* x, ptrdiff_t ldx, int rows, const W* w, ptrdiff_t ldw, int cols, float* y,
                        ptrdiff_t ldy) {
   int c = 0;
-  for (; c + kPanel <= cols; c += kPanel) {
+  for (; c + kPair <= cols; c += kPair) {
     Vec first[D], second[D];
+#pragma GCC unroll 16
     for (int d = 0; d < D; ++d) {
       first[d] = Load(w + d * ldw + c);
       second[d] = Load(w + d * ldw + c + kLanes);
@@ -240,6 +247,7 @@ inline void StreamRows(const float* x, ptrdiff_t ldx, int rows, const W* w, ptrd
     }
     for (int m = 0; m < rows; ++m) {
       Vec left = Load(y + m * ldy + c), right = Load(y + m * ldy + c + kLanes);
+#pragma GCC unroll 16
       for (int d = 0; d < D; ++d) {
         Vec of_row = Splat(x[m * ldx + d]);
         left += of_row * first[d];
@@ -283,46 +291,68 @@ struct Ahead {
   }
 };
 
+// Fresh: y is only written, and not added to.
+// Loops are unrolled by command: GCC decides too late, and then keeps sums in memory.
 // M rows against a packed panel [depth, V * kLanes]. Row i of x at step k: x[i * ldx + k * step].
-template <int M, int V>
+template <int M, int V, bool Fresh>
 inline void Tile(const float* x, ptrdiff_t ldx, ptrdiff_t step, int depth, const float* panel, float* y,
                  ptrdiff_t ldy, Ahead& ahead) {
   Vec sums[M][V];
+#pragma GCC unroll 16
   for (int i = 0; i < M; ++i)
-    for (int j = 0; j < V; ++j) sums[i][j] = Load(y + i * ldy + j * kLanes);
+#pragma GCC unroll 16
+    for (int j = 0; j < V; ++j) sums[i][j] = Fresh ? Vec{} : Load(y + i * ldy + j * kLanes);
   const float* of_rows[(M + 2) / 3];
+#pragma GCC unroll 16
   for (int i = 0; i < (M + 2) / 3; ++i) of_rows[i] = x + 3 * i * ldx;
   Ahead own = ahead;  // in registers
   for (int k = 0; k < depth;) {
     own.Ask();
     for (int stop = std::min(depth, k + own.every); k < stop; ++k) {
       Vec weights[V];
+#pragma GCC unroll 16
       for (int j = 0; j < V; ++j) weights[j] = Load(panel + j * kLanes);
-      for (int j = 0; j < V * kLanes; j += 16) __builtin_prefetch(panel + 8 * V * kLanes + j);
+#pragma GCC unroll 16
       for (int i = 0; i < M; ++i) {
         Vec of_row = Splat(of_rows[i / 3][i % 3 * ldx]);
+#pragma GCC unroll 16
         for (int j = 0; j < V; ++j) sums[i][j] += of_row * weights[j];
       }
+#pragma GCC unroll 16
       for (int i = 0; i < (M + 2) / 3; ++i) of_rows[i] += step;
       panel += V * kLanes;
     }
   }
+#pragma GCC unroll 16
   for (int i = 0; i < M; ++i)
+#pragma GCC unroll 16
     for (int j = 0; j < V; ++j) Store(sums[i][j], y + i * ldy + j * kLanes);
   ahead = own;
 }
 
-template <int V, int M = kTileRows>
+constexpr int TileRows(int vecs) { return std::min(12, kSums / vecs); }
+
+template <int V, bool Fresh = false, int M = TileRows(V)>
 inline void TileOf(int rows, const float* x, ptrdiff_t ldx, ptrdiff_t step, int depth, const float* panel, float* y,
                    ptrdiff_t ldy, Ahead& ahead) {
   if constexpr (M > 1) {
-    if (rows < M) return TileOf<V, M - 1>(rows, x, ldx, step, depth, panel, y, ldy, ahead);
+    if (rows < M) return TileOf<V, Fresh, M - 1>(rows, x, ldx, step, depth, panel, y, ldy, ahead);
   }
-  Tile<M, V>(x, ldx, step, depth, panel, y, ldy, ahead);
+  Tile<M, V, Fresh>(x, ldx, step, depth, panel, y, ldy, ahead);
 }
 
-inline int EvenRows(int rows) {  // of a tile, so that all are about as high
-  int tiles = (rows + kTileRows - 1) / kTileRows;
+// A tile of one, two or kTileVecs vectors, whose y is as wide.
+template <bool Fresh>
+inline void TileBy(int vecs, int rows, const float* x, ptrdiff_t ldx, ptrdiff_t step, int depth, const float* panel,
+                   float* y) {
+  Ahead resting{reinterpret_cast<const char*>(x)};
+  if (vecs == 1) return TileOf<1, Fresh>(rows, x, ldx, step, depth, panel, y, kLanes, resting);
+  if (vecs == 2) return TileOf<2, Fresh>(rows, x, ldx, step, depth, panel, y, kPair, resting);
+  TileOf<kTileVecs, Fresh>(rows, x, ldx, step, depth, panel, y, kPanel, resting);
+}
+
+inline int EvenRows(int rows, int vecs = kTileVecs) {  // of a tile, so that all are about as high
+  int tiles = (rows + TileRows(vecs) - 1) / TileRows(vecs);
   return (rows + tiles - 1) / tiles;
 }
 
@@ -336,8 +366,7 @@ void Pack(const W* w, ptrdiff_t ldw, int depth, int cols, float* panels) {
     for (int c = 0; c < cols; c += kLine) __builtin_prefetch(w + kAhead * ldw + c);
     float* to = panels;
     for (int c = 0; c < whole; c += kPanel, to += panel) {
-      Store(Load(w + c), to);
-      Store(Load(w + c + kLanes), to + kLanes);
+      for (int j = 0; j < kPanel; j += kLanes) Store(Load(w + c + j), to + j);
     }
     if (whole < cols)
       for (int j = 0; j < kPanel; ++j) to[j] = whole + j < cols ? Widen(w[whole + j]) : 0.0f;
@@ -368,7 +397,7 @@ void Multiply(const float* x, ptrdiff_t ldx, int rows, const W* w, ptrdiff_t ldw
     // A panel stays in the first cache while rows pass by.
     for (int p = 0; p < panels_wide; ++p) {
       for (int m = 0; m < rows; m += high) {
-        TileOf<2>(std::min(high, rows - m), x + m * ldx + k, ldx, 1, deep,
+        TileOf<kTileVecs>(std::min(high, rows - m), x + m * ldx + k, ldx, 1, deep,
                   panels + static_cast<ptrdiff_t>(deep) * p * kPanel, y + m * ldy + p * kPanel, ldy, ahead);
       }
     }
@@ -379,8 +408,8 @@ void Multiply(const float* x, ptrdiff_t ldx, int rows, const W* w, ptrdiff_t ldw
 inline int TaskCols(int64_t cols, int64_t parts, int rows, int threads) {
   if (rows > kStreamRows) return kBlockCols;
   int64_t wanted = (cols * parts + 4 * threads - 1) / (4 * threads);
-  wanted = (wanted + kPanel - 1) / kPanel * kPanel;
-  return static_cast<int>(std::min<int64_t>(std::max<int64_t>(wanted, 4 * kPanel), rows > 4 ? 256 : 512));
+  wanted = (wanted + kPair - 1) / kPair * kPair;
+  return static_cast<int>(std::min<int64_t>(std::max<int64_t>(wanted, 4 * kPair), rows > 4 ? 256 : 512));
 }
 
 // Rows of one task, so that all have about as many.
@@ -533,7 +562,7 @@ void HeadsOf(Team& team, const X* x, int64_t rows, int64_t heads, int64_t depth,
         PackTransposed(own + col * ldw + k, ldw, deep, wide_cols, panels);
         for (int m = 0; m < high; m += tile)
           for (int c = 0; c < wide_cols; c += kPanel)
-            TileOf<2>(std::min(tile, high - m), from + m * heads * depth + k, heads * depth, 1, deep,
+            TileOf<kTileVecs>(std::min(tile, high - m), from + m * heads * depth + k, heads * depth, 1, deep,
                       panels + static_cast<ptrdiff_t>(deep) * c, y + m * ldy + c, ldy, resting);
       }
     }
@@ -760,10 +789,8 @@ struct PagedSource {
   void operator()(int64_t at, float* key, float* value) const {
     int64_t token = paged.Place(sequence, at);
     const X* from = keys + token * key_stride;
-    for (int64_t i = 0; i < key_dim; ++i) key[i] = Widen(from[i]);
-    if (shared) return;
-    from = values + token * value_stride;
-    for (int64_t i = 0; i < value_dim; ++i) value[i] = Widen(from[i]);
+    Copy(from, key_dim, key);
+    if (!shared) Copy(values + token * value_stride, value_dim, value);
   }
 };
 
@@ -783,7 +810,7 @@ struct LatentSource {
     std::memcpy(key, from, nope_dim * sizeof(float));
     std::memcpy(value, from + nope_dim, value_dim * sizeof(float));
     const X* entry = rotated + paged.Place(sequence, at) * entry_stride;
-    for (int64_t i = 0; i < rope_dim; ++i) key[nope_dim + i] = Widen(entry[i]);
+    Copy(entry, rope_dim, key + nope_dim);
   }
 };
 
@@ -792,10 +819,9 @@ template <typename X, typename Source>
 void AttendTask(const X* query, int64_t heads, int64_t head_dim, int64_t value_dim, int group, int tokens,
                 const int32_t* positions, const Source& source, int32_t first, float scale, Span span,
                 int64_t span_size, X* out) {
-  Ahead resting{reinterpret_cast<const char*>(query)};
   int queries = tokens * group;
-  int cols = queries <= kLanes ? kLanes : (queries + kPanel - 1) / kPanel * kPanel;
-  int panel = std::min(cols, kPanel), panels = cols / panel;
+  int cols = queries <= kLanes ? kLanes : queries <= kPair ? kPair : (queries + kPanel - 1) / kPanel * kPanel;
+  int panel = std::min(cols, kPanel), panels = cols / panel, vecs = panel / kLanes;
   // By panels: queries [panels, d, panel], sums [panels, dv, panel], scores [panels, kKeyBlock, panel].
   int64_t block_floats = static_cast<int64_t>(kKeyBlock) * (head_dim + value_dim);
   float* transposed = Local((head_dim + value_dim + kKeyBlock + 2) * cols + block_floats, 1);
@@ -836,18 +862,13 @@ void AttendTask(const X* query, int64_t heads, int64_t head_dim, int64_t value_d
     const float* block = source.shared ? key_block : value_block;
     int64_t block_stride = source.shared ? head_dim : value_dim;
     bool masks = start < all_from || stop - 1 > all_to;
-    int key_rows = EvenRows(count), value_rows = EvenRows(static_cast<int>(value_dim));
+    int key_rows = EvenRows(count, vecs), value_rows = EvenRows(static_cast<int>(value_dim), vecs);
     for (int p = 0; p < panels; ++p) {
       float* of_panel = scores + static_cast<ptrdiff_t>(p) * kKeyBlock * panel;
-      std::memset(of_panel, 0, static_cast<size_t>(count) * panel * sizeof(float));
       const float* of_queries = transposed + p * head_dim * panel;
       for (int i = 0; i < count; i += key_rows) {
         int rows = std::min(key_rows, count - i);
-        if (panel == kPanel) {
-          TileOf<2>(rows, key_block + i * head_dim, head_dim, 1, head_dim, of_queries, of_panel + i * panel, panel, resting);
-        } else {
-          TileOf<1>(rows, key_block + i * head_dim, head_dim, 1, head_dim, of_queries, of_panel + i * panel, panel, resting);
-        }
+        TileBy<true>(vecs, rows, key_block + i * head_dim, head_dim, 1, head_dim, of_queries, of_panel + i * panel);
       }
       for (int v = 0; v < panel; v += kLanes) {
         int q = p * panel + v;
@@ -886,11 +907,7 @@ void AttendTask(const X* query, int64_t heads, int64_t head_dim, int64_t value_d
       float* of_sums = sums + p * value_dim * panel;
       for (int64_t i = 0; i < value_dim; i += value_rows) {
         int rows = static_cast<int>(std::min<int64_t>(value_rows, value_dim - i));
-        if (panel == kPanel) {
-          TileOf<2>(rows, block + i, 1, block_stride, count, of_panel, of_sums + i * panel, panel, resting);
-        } else {
-          TileOf<1>(rows, block + i, 1, block_stride, count, of_panel, of_sums + i * panel, panel, resting);
-        }
+        TileBy<false>(vecs, rows, block + i, 1, block_stride, count, of_panel, of_sums + i * panel);
       }
     }
   }
