@@ -12,9 +12,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, DynamicCache, GenerationConfig
 
-# The last gathers a copy of the weights for each token: no memory is enough for that in prefill.
+# The last gathers a copy of the weights for each token: no memory is enough for that in the prefills of a batch.
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
-FEW_TOKENS = ("decode 1", "decode 8")
+FEW_TOKENS = ("decode 1",)
 # A block holds the pages of a whole sequence's layers; as many tokens in a step as prompts of a usual server's chunk.
 BATCHING = ContinuousBatchingConfig(
     num_blocks=256, max_batch_tokens=2048, max_requests_per_batch=protocol.SERVED, allow_block_sharing=False

@@ -266,12 +266,20 @@ inline void StreamRows(const float* x, ptrdiff_t ldx, int rows, const W* w, ptrd
   }
 }
 
+// also: another matrix `apart` elements on, whose products go to `also`, if there is one; in step, because their rows
+// may lie side by side.
 template <typename W>
 void Stream(const float* x, ptrdiff_t ldx, int rows, const W* w, ptrdiff_t ldw, int depth, int cols, float* y,
-            ptrdiff_t ldy) {
+            ptrdiff_t ldy, ptrdiff_t apart = 0, float* also = nullptr) {
   int k = 0;
-  for (; k + kDepth <= depth; k += kDepth) StreamRows<kDepth>(x + k, ldx, rows, w + k * ldw, ldw, cols, y, ldy);
-  for (; k < depth; ++k) StreamRows<1>(x + k, ldx, rows, w + k * ldw, ldw, cols, y, ldy);
+  for (; k + kDepth <= depth; k += kDepth) {
+    StreamRows<kDepth>(x + k, ldx, rows, w + k * ldw, ldw, cols, y, ldy);
+    if (also) StreamRows<kDepth>(x + k, ldx, rows, w + k * ldw + apart, ldw, cols, also, ldy);
+  }
+  for (; k < depth; ++k) {
+    StreamRows<1>(x + k, ldx, rows, w + k * ldw, ldw, cols, y, ldy);
+    if (also) StreamRows<1>(x + k, ldx, rows, w + k * ldw + apart, ldw, cols, also, ldy);
+  }
 }
 
 // Rows of a matrix that are needed soon, asked for a line at a time over the steps of other work: a processor has few
@@ -404,12 +412,14 @@ void Multiply(const float* x, ptrdiff_t ldx, int rows, const W* w, ptrdiff_t ldw
   }
 }
 
-// Columns of one task: enough tasks for every thread, each with runs long enough to stream.
-inline int TaskCols(int64_t cols, int64_t parts, int rows, int threads) {
+// Columns of one task. Weights that stream want whole rows if these are short, since a processor fetches on past the end
+// of what is wanted, and otherwise enough tasks for threads to end together.
+inline int TaskCols(int64_t cols, int64_t parts, int64_t rows, int threads) {
   if (rows > kStreamRows) return kBlockCols;
-  int64_t wanted = (cols * parts + 4 * threads - 1) / (4 * threads);
-  wanted = (wanted + kPair - 1) / kPair * kPair;
-  return static_cast<int>(std::min<int64_t>(std::max<int64_t>(wanted, 4 * kPair), rows > 4 ? 256 : 512));
+  int64_t blocks = cols > 512 ? (cols + 255) / 256 : 1;
+  blocks = std::max(blocks, (threads + parts - 1) / parts);
+  int64_t even = (cols + blocks - 1) / blocks;
+  return static_cast<int>(std::max<int64_t>((even + kPair - 1) / kPair * kPair, kPair));
 }
 
 // Rows of one task, so that all have about as many.
@@ -466,14 +476,11 @@ void LinearOf(Team& team, const X* x, int64_t rows, int64_t depth, const std::ve
   struct Task {
     int stack, row, col, cols;
   };
-  int64_t all = 0;
-  for (int64_t each : cols) all += each;
   std::vector<Task> tasks;
-  int width = TaskCols(all, 1, static_cast<int>(rows), team.size());
   int64_t rows_of_task = TaskRows(rows);
   for (int64_t row = 0; row < rows; row += rows_of_task)
     for (size_t i = 0; i < cols.size(); ++i)
-      for (int64_t col = 0; col < cols[i]; col += width)
+      for (int64_t col = 0, width = TaskCols(cols[i], cols.size(), rows, team.size()); col < cols[i]; col += width)
         tasks.push_back({static_cast<int>(i), static_cast<int>(row), static_cast<int>(col),
                          static_cast<int>(std::min<int64_t>(width, cols[i] - col))});
   std::unique_ptr<Scratch> wide;
@@ -657,7 +664,7 @@ void GroupedMlpOf(Team& team, const X* x, int64_t rows, int64_t width, const int
     std::vector<Task> tasks;
     for (int64_t slot = 0; slot < num_slots; ++slot) {
       int64_t held = begins[slot + 1] - begins[slot];
-      int of_task = held > kStreamRows ? most_cols : TaskCols(cols, active, static_cast<int>(held), team.size());
+      int of_task = held > kStreamRows ? most_cols : TaskCols(cols, active, held, team.size());
       int64_t rows_of_task = TaskRows(held);
       for (int64_t row = 0; row < held; row += rows_of_task)
         for (int64_t col = 0; col < cols; col += of_task)
@@ -695,9 +702,13 @@ void GroupedMlpOf(Team& team, const X* x, int64_t rows, int64_t width, const int
     float* up = y + task.rows * ldy;
     std::memset(y, 0, 2 * task.rows * ldy * sizeof(float));
     const float* from = gathered + task.row * width;
-    Multiply(from, width, task.rows, gate, 2 * inner, static_cast<int>(width), task.cols, y, ldy,
-             gate + inner);
-    Multiply(from, width, task.rows, gate + inner, 2 * inner, static_cast<int>(width), task.cols, up, ldy, next);
+    int depth = static_cast<int>(width);
+    if (task.rows <= kStreamRows) {
+      Stream(from, width, task.rows, gate, 2 * inner, depth, task.cols, y, ldy, inner, up);
+    } else {
+      Multiply(from, width, task.rows, gate, 2 * inner, depth, task.cols, y, ldy, gate + inner);
+      Multiply(from, width, task.rows, gate + inner, 2 * inner, depth, task.cols, up, ldy, next);
+    }
     if (gate_up_scale) {
       const float* scale = gate_up_scale + task.slot * 2 * inner + task.col;
       Scale(y, ldy, task.rows, task.cols, scale);
