@@ -151,8 +151,8 @@ def test_a_conversion_that_did_not_finish_is_refused(native):
 
 
 def test_a_manifest_of_another_version_is_refused(native):
-    change_json(native / MANIFEST, format=2)
-    assert "format 2 is not the 1 that this version reads; convert the original" in error_of(native)
+    change_json(native / MANIFEST, format=1)
+    assert "format 1 is not the 2 that this version reads; convert the original" in error_of(native)
 
 
 @pytest.mark.parametrize("parameters", [None, [], {"norm": 3}, {"norm": {"shape": [32]}}])
