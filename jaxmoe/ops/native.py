@@ -7,6 +7,7 @@ always work and are what the kernels are tested against. Results are bit-identic
 import ctypes
 import functools
 import hashlib
+import importlib.metadata
 import logging
 import os
 import platform
@@ -83,7 +84,9 @@ def _build(compiler: str) -> Path:
     """Compiles the source for this machine unless that was done before; several processes may at once."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     key = hashlib.sha256(
-        "\0".join([_source_hash(), version, *FLAGS, jax.lib.__version__, platform.machine(), _cpu()]).encode()
+        "\0".join(
+            [_source_hash(), version, *FLAGS, importlib.metadata.version("jaxlib"), platform.machine(), _cpu()]
+        ).encode()
     )
     path = BUILT / f"{key.hexdigest()[:16]}.so"
     if not path.exists():
