@@ -211,9 +211,6 @@ class Attention(CachedAttention):
                 query, key = (rms_norm(heads, None, config.norm_eps) for heads in (query, key))
         elif config.temperature is not None:
             query = query * _temperature(config.temperature, positions)[:, :, None, None].astype(query.dtype)
-        # More devices than key-value heads: all of these are on each, and its query heads meet one of them.
-        shares = "kv_heads" not in self.rules.split and self.rules.parts("heads") > 1
-        own = jax.lax.axis_index("tp") * config.kv_heads // self.rules.parts("heads") if shares else None
         pages, where = self.cache((key, value), positions, cached, paging, weights.kernels)
         how = (config.score_scale, kind.span, config.head_dim)
         if "kv_heads" not in self.rules.split and self.rules.parts("heads") > 1:

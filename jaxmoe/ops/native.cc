@@ -1101,35 +1101,31 @@ ffi::Error Greedy(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits, ffi::Resul
   return ffi::Error::Success();
 }
 
+// A binding with so many more arrays of any type.
+template <int N, typename Binding>
+auto Arguments(Binding&& binding) {
+  if constexpr (N == 1) {
+    return std::move(binding).template Arg<ffi::AnyBuffer>();
+  } else {
+    return Arguments<N - 1>(std::move(binding).template Arg<ffi::AnyBuffer>());
+  }
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeLinear, Linear,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
+                              Arguments<2>(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>())
                                   .RemainingArgs()
                                   .RemainingRets());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeHeads, Heads,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
+                              Arguments<3>(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>())
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<int64_t>("begin")
                                   .Attr<bool>("transposed"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeGroupedMlp, GroupedMlp,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
+                              Arguments<6>(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>())
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::AnyBuffer>()
@@ -1137,42 +1133,21 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeGroupedMlp, GroupedMlp,
                                   .Attr<bool>("weigh_input"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeAttend, Attend,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
+                              Arguments<7>(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>())
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<float>("scale")
                                   .Attr<int32_t>("span")
                                   .Attr<int64_t>("span_size"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeAttendLatent, AttendLatent,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
+                              Arguments<8>(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>())
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<float>("scale")
                                   .Attr<int32_t>("span")
                                   .Attr<int64_t>("span_size"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeWrite, Write,
-                              ffi::Ffi::Bind()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
+                              Arguments<4>(ffi::Ffi::Bind())
                                   .RemainingArgs()
                                   .RemainingRets());
 

@@ -42,7 +42,7 @@ SPANS = {"full": 0, "window": 1, "chunk": 2}
 def check_available() -> None:
     """Raises ConfigError, saying why, if the kernels cannot be had here."""
     if isinstance(built := _registered(), str):
-        raise ConfigError(f"native kernels are not to be had: {built}; use the implementation in XLA")
+        raise ConfigError(f"native kernels are not to be had: {built}; use kernels='xla'")
 
 
 def choose(kernels: str, platform: str, dtype: jnp.dtype) -> Literal["xla", "native"]:
@@ -193,12 +193,8 @@ def attend(
     value_dim: int,
 ) -> Float[Array, "B T H dv"]:
     """See `ops.paged_attention.attend`."""
-    check_available()
-    shape = jax.ShapeDtypeStruct((*query.shape[:3], value_dim), query.dtype)
-    return jax.ffi.ffi_call(_target("Attend"), shape)(
-        query, positions, table, first, jnp.asarray(layer, jnp.int32), keys, values,
-        scale=np.float32(scale), span=np.int32(SPANS[span.kind]), span_size=np.int64(span.size),
-    )  # fmt: skip
+    arrays = (positions, table, first, jnp.asarray(layer, jnp.int32), keys, values)
+    return _attention("Attend", query, arrays, scale, span, value_dim)
 
 
 def attend_latent(
@@ -215,13 +211,18 @@ def attend_latent(
     value_dim: int,
 ) -> Float[Array, "B T H dv"]:
     """See `ops.paged_attention.attend_latent`."""
+    cached, layer = (jnp.asarray(index, jnp.int32) for index in (cached, layer))
+    arrays = (positions, table, first, cached, entries, layer, key_value)
+    return _attention("AttendLatent", query, arrays, scale, span, value_dim)
+
+
+def _attention(
+    name: str, query: Float[Array, "B T H d"], arrays: tuple[Array, ...], scale: float, span: Span, value_dim: int
+) -> Float[Array, "B T H dv"]:
     check_available()
     shape = jax.ShapeDtypeStruct((*query.shape[:3], value_dim), query.dtype)
-    cached, layer = (jnp.asarray(index, jnp.int32) for index in (cached, layer))
-    return jax.ffi.ffi_call(_target("AttendLatent"), shape)(
-        query, positions, table, first, cached, entries, layer, key_value,
-        scale=np.float32(scale), span=np.int32(SPANS[span.kind]), span_size=np.int64(span.size),
-    )  # fmt: skip
+    how = {"scale": np.float32(scale), "span": np.int32(SPANS[span.kind]), "span_size": np.int64(span.size)}
+    return jax.ffi.ffi_call(_target(name), shape)(query, *arrays, **how)
 
 
 def write(
