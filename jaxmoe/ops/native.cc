@@ -923,8 +923,8 @@ struct LatentSource {
   int64_t entry_stride, rope_dim;
   bool shared;
 
-  void operator()(int64_t at, int, float* key, float* value) const {
-    const float* from = made + at * made_stride;
+  void operator()(int64_t at, int head, float* key, float* value) const {
+    const float* from = made + at * made_stride + head * (nope_dim + value_dim);
     std::memcpy(key, from, nope_dim * sizeof(float));
     std::memcpy(value, from + nope_dim, value_dim * sizeof(float));
     const X* entry = rotated + paged.Place(sequence, at) * entry_stride;
