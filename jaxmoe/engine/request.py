@@ -5,6 +5,8 @@ import math
 
 from jaxmoe.errors import InvalidRequestError
 
+MOST_PRIORITY = 100
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
@@ -17,6 +19,8 @@ class SamplingParams:
     max_tokens: None means up to the context limit.
     stop_token_ids: end the generation as the end-of-sequence token does.
     ignore_eos: the model's end-of-sequence tokens do not end the generation.
+    n: so many samples of one prompt, whose pages they share; each with a seed of its own.
+    prompt_logprobs: not None has every prompt token computed, cached or not.
     """
 
     temperature: float = 1.0
@@ -26,6 +30,8 @@ class SamplingParams:
     max_tokens: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    n: int = 1
+    prompt_logprobs: int | None = None
 
     def validate(self, vocab_size: int) -> None:
         """Raises InvalidRequestError naming the first field whose value cannot work."""
@@ -39,6 +45,8 @@ class SamplingParams:
             raise InvalidRequestError(f"top_p={self.top_p} must be in (0, 1]", "top_p")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise InvalidRequestError(f"max_tokens={self.max_tokens} must be >= 1", "max_tokens")
+        if self.n < 1:
+            raise InvalidRequestError(f"n={self.n} must be >= 1", "n")
         for token in self.stop_token_ids:
             if not 0 <= token < vocab_size:
                 raise InvalidRequestError(
@@ -48,20 +56,27 @@ class SamplingParams:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One prompt to continue. `rank` pins it to an attention rank; None lets the scheduler choose."""
+    """One prompt to continue.
+
+    rank: pins it to an attention rank; None lets the scheduler choose.
+    priority: the lower, the sooner, from -MOST_PRIORITY to MOST_PRIORITY.
+    """
 
     id: str
     prompt: tuple[int, ...]
     params: SamplingParams = SamplingParams()
     rank: int | None = None
+    priority: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """What one step brought for one request.
+    """What one step brought for one request, or for one of its samples.
 
     finish_reason: None while the request goes on, else "stop" (an end-of-sequence or stop token, which is the last of
-    `token_ids` and named by `stop_token`), "length" (max_tokens or the context limit) or "abort".
+    `token_ids` and named by `stop_token`), "length" (max_tokens or the context limit), "abort", or "error": the step
+    failed, as `error` says.
+    index: which of the request's n samples; each ends for itself.
     """
 
     request_id: str
@@ -69,3 +84,5 @@ class Output:
     logprobs: tuple[float, ...]
     finish_reason: str | None = None
     stop_token: int | None = None
+    index: int = 0
+    error: str = ""

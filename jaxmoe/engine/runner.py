@@ -15,7 +15,7 @@ from jaxmoe.engine.model import Model, Progress, no_progress
 from jaxmoe.engine.pages import PageGroup, pages_reached
 from jaxmoe.engine.scheduler import StepPlan
 from jaxmoe.errors import ConfigError
-from jaxmoe.models.kv_cache import bytes_per_page, make_cache
+from jaxmoe.models.kv_cache import KVCache, bytes_per_page, make_cache
 from jaxmoe.sharding.devices import use_huge_pages
 from jaxmoe.spans import FULL
 
@@ -32,15 +32,27 @@ class Runner:
                 f"max_context={self.max_context} is beyond the model's {limit} positions; use at most {limit}"
             )
         self.groups = page_groups(model, config, self.max_context)
-        pages = tuple(group.pages_per_rank for group in self.groups)
-        self._cache = make_cache(model.config, model.mesh, model.rules, pages, config.page_size, model.dtype)
-        use_huge_pages(self._cache)
+        self._page_size = config.page_size
+        self._cache = self._make_cache()
         self._packing = Packing(model.config.spans, config.page_size)
         economy = READ_IN_USE if model.execution.kernels == "native" else GATHERED
         self._buckets = Buckets(config, self.max_context, self._packing, economy)
         self.executables = Executables(model, self._cache, self._packing)
         if config.warm_up:
             self.executables.warm_up(self._buckets, progress)
+
+    def reset_cache(self) -> None:
+        """Makes the KV cache anew, whatever has become of the one before; nothing that this held is there any longer."""
+        for array in jax.tree.leaves(self._cache):  # two might not fit
+            if not array.is_deleted():
+                array.delete()
+        self._cache = self._make_cache()
+
+    def _make_cache(self) -> KVCache:
+        model, pages = self.model, tuple(group.pages_per_rank for group in self.groups)
+        cache = make_cache(model.config, model.mesh, model.rules, pages, self._page_size, model.dtype)
+        use_huge_pages(cache)
+        return cache
 
     @property
     def cache_bytes(self) -> int:

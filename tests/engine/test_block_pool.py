@@ -30,7 +30,7 @@ class PoolUse(RuleBasedStateMachine):
     @rule(data=st.data())
     def share(self, data):
         table = data.draw(st.sampled_from(self.tables))
-        self.pool.retain(table)
+        self.pool.share(table)
         self.tables.append(list(table))
 
     @precondition(lambda self: self.tables)
@@ -59,19 +59,19 @@ def test_the_page_free_for_longest_is_handed_out_first():
 def test_a_shared_page_is_free_only_when_its_last_holder_releases_it():
     pool = BlockPool(2)
     pages = pool.allocate(2)
-    pool.retain(pages)
+    pool.share(pages)
     pool.release(pages)
     assert pool.free_pages == 0
     pool.release(pages)
     assert pool.free_pages == 2
 
 
-def test_a_free_page_can_be_neither_released_nor_retained():
+def test_a_free_page_can_be_neither_released_nor_shared():
     pool = BlockPool(2)
     with pytest.raises(ValueError, match="page 1 is free"):
         pool.release([1])
     with pytest.raises(ValueError, match="page 0 is free"):
-        pool.retain([0])
+        pool.share([0])
 
 
 @pytest.mark.parametrize("tables", [[], [[0]], [[0, 1], [1]], [[0, 0, 1]], [[0, 1, 2]]])

@@ -70,8 +70,8 @@ class PagedModel:
 
 
 def make(num_ranks=1, pages_per_rank=16, max_context=32, page_size=2, spans=(FULL,), **limits):
-    """pages_per_rank: of every group, or of each."""
-    config = EngineConfig(page_size=page_size, **{"max_prefill_tokens": 8, **limits})
+    """pages_per_rank: of every group, or of each. No prefix cache unless asked for: prompts here begin alike."""
+    config = EngineConfig(page_size=page_size, **{"max_prefill_tokens": 8, "prefix_cache": False, **limits})
     pages = [pages_per_rank] * len(spans) if isinstance(pages_per_rank, int) else pages_per_rank
     scheduler = Scheduler(
         config,
