@@ -6,8 +6,6 @@ Shaped after `KvEventBatch` of smg_grpc_proto's common.proto. Imports neither ja
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
-MOST_PENDING = 4096
-
 
 class KvEvent(NamedTuple):
     """Full pages that can now be found, or no longer.
@@ -41,11 +39,12 @@ def hash64(name: bytes) -> int:
 class RankEvents:
     """Events of one rank since they were last taken.
 
-    Once more than MOST_PENDING are untaken they are dropped, and whoever takes next is told "cleared" and then all that
+    Once more than `most` are untaken they are dropped, and whoever takes next is told "cleared" and then all that
     is stored: whatever is taken tells the state in full.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = 4096) -> None:
+        self._most = most
         self._stored: dict[bytes, tuple[bytes, tuple[int, ...]]] = {}  # by name, the parent's name and the tokens
         self._pending: list[KvEvent] = []
         self._dropped = False
@@ -83,7 +82,7 @@ class RankEvents:
         if self._dropped:
             return
         self._pending.append(event)
-        if len(self._pending) > MOST_PENDING:
+        if len(self._pending) > self._most:
             self._pending, self._dropped = [], True
 
     def _event(self, parent: bytes, names: Sequence[bytes]) -> KvEvent:

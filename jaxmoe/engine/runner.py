@@ -42,7 +42,7 @@ class Runner:
             self.executables.warm_up(self._buckets, progress)
 
     def reset_cache(self) -> None:
-        """Makes the KV cache anew, whatever has become of the one before; nothing that this held is there any longer."""
+        """Makes the KV cache anew, whatever has become of the one before, and empty."""
         for array in jax.tree.leaves(self._cache):  # two might not fit
             if not array.is_deleted():
                 array.delete()
