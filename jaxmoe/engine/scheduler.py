@@ -28,7 +28,7 @@ AFFINITY = 4
 BY_ORDER = operator.attrgetter("order")
 
 
-@dataclasses.dataclass(eq=False, slots=True)
+@dataclasses.dataclass(eq=False, slots=True, weakref_slot=True)
 class Sequence:
     """A live sample of a request and how far it has come.
 

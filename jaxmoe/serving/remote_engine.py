@@ -305,7 +305,10 @@ class RemoteEngine:
             stream = self._live.get(output.request_id)
             if stream is None:  # withdrawn; the engine did not know yet
                 continue
-            stream.push(output)
+            if output.finish_reason == "error":
+                stream.fail(EngineFailedError(output.error))
+            else:
+                stream.push(output)
             if output.finish_reason is not None:
                 del self._live[output.request_id]
             elif stream.ended:

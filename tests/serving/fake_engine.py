@@ -37,12 +37,15 @@ class Live:
 
 
 class FakeEngine:
-    """pace: seconds a step takes. crash: the next step raises. gate: steps wait for it."""
+    """pace: seconds a step takes. gate: steps wait for it.
+
+    crash: the next step raises. failing: it fails and says so, and the engine goes on.
+    """
 
     def __init__(self, info, pace=0.0):
         self.info = info
         self.pace = pace
-        self.crash = False
+        self.crash = self.failing = False
         self.gate = threading.Event()
         self.gate.set()
         self.submitted = []
@@ -87,6 +90,10 @@ class FakeEngine:
             threading.Event().wait(self.pace)
         if self.crash:
             raise RuntimeError("secret detail of the crash")
+        if self.failing:
+            self.failing, failed = False, [*self._live, *(live.request.id for live in self._waiting)]
+            self._live, self._waiting = {}, []
+            return [Output(key, (), (), "error", error="the step failed with SomeError") for key in failed]
         with self._news:
             outputs, self._aborted = self._aborted, []
             while self._waiting and len(self._live) < self.info.max_running:
