@@ -165,20 +165,24 @@ class Engine:
     ) -> Generator[Output, None, None]:
         """Continues all prompts together and yields what each step brings; `request_id` is the prompt's index as text.
 
-        Closing the iterator early cancels what is still running.
+        Closing the iterator early cancels what is still running. Raises RuntimeError if a step fails.
         """
         ids = {f"generate-{next(self._names)}": str(index) for index in range(len(prompts))}
-        live: set[str] = set()
+        live: dict[str, int] = {}  # samples to come to their ends
         try:
             for (request_id, _), prompt in zip(ids.items(), prompts, strict=True):
                 self.submit(Request(request_id, tuple(int(token) for token in prompt), params))
-                live.add(request_id)
+                live[request_id] = params.n
             while live:
                 for output in self.step():
                     if output.request_id not in ids:
                         continue
                     if output.finish_reason:
-                        live.discard(output.request_id)
+                        live[output.request_id] -= 1
+                        if not live[output.request_id]:
+                            del live[output.request_id]
+                    if output.error:
+                        raise RuntimeError(output.error)
                     yield dataclasses.replace(output, request_id=ids[output.request_id])
         finally:
             for request_id in live:

@@ -44,6 +44,7 @@ class Sequence:
     tables: its pages; none while it waits.
     names: of its first full pages, as far as they were asked for.
     num_stored: the first so many pages can be found by others.
+    admitted: it has run before.
     """
 
     request: Request

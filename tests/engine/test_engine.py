@@ -177,6 +177,16 @@ def test_an_engine_whose_steps_keep_failing_gives_up(model, prompts, monkeypatch
         engine.step()
 
 
+def test_generate_brings_every_sample_to_its_end_and_raises_when_a_step_fails(engine, prompts, monkeypatch):
+    params = SamplingParams(temperature=2, seed=1, max_tokens=9, n=2)
+    ends = [(out.request_id, out.index) for out in engine.generate(prompts[:2], params) if out.finish_reason]
+    assert sorted(ends) == [("0", 0), ("0", 1), ("1", 0), ("1", 1)]
+    breaks(engine, monkeypatch, 1)
+    with pytest.raises(RuntimeError, match="the step failed"):
+        list(engine.generate(prompts[:3], params))
+    assert not engine.has_work
+
+
 def test_closing_generate_early_cancels_what_still_runs(engine, prompts):
     outputs = engine.generate(prompts, GREEDY)
     next(outputs)
