@@ -443,7 +443,10 @@ class Scheduler:
 
     def _hit(self, sequence: Sequence, rank: int) -> int:
         """How many pages of a waiting sequence need not be computed on a rank; its last token always is."""
-        if sequence.root is None or sequence.request.params.prompt_logprobs is not None:
+        request = sequence.request
+        # The prompt's log-probabilities are told with the first token.
+        untold = request.params.prompt_logprobs is not None and len(sequence.tokens) == len(request.prompt)
+        if sequence.root is None or untold:
             return 0
         most = (len(sequence.tokens) - 1) // self._config.page_size
         self._name_pages(sequence, most)
