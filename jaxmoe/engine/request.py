@@ -77,6 +77,7 @@ class Output:
     `token_ids` and named by `stop_token`), "length" (max_tokens or the context limit), "abort", or "error": the step
     failed, as `error` says.
     index: which of the request's n samples; each ends for itself.
+    cached_tokens: so many of the prompt's were found in the prefix cache when it first ran.
     """
 
     request_id: str
@@ -86,3 +87,4 @@ class Output:
     stop_token: int | None = None
     index: int = 0
     error: str = ""
+    cached_tokens: int = 0

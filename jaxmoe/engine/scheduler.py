@@ -44,7 +44,7 @@ class Sequence:
     tables: its pages; none while it waits.
     names: of its first full pages, as far as they were asked for.
     num_stored: the first so many pages can be found by others.
-    admitted: it has run before.
+    num_cached: of the prompt's tokens those that were found in the prefix cache when it first ran; -1 before.
     """
 
     request: Request
@@ -60,7 +60,7 @@ class Sequence:
     tables: PageTables = NO_PAGES
     names: list[bytes] = dataclasses.field(default_factory=list)
     num_stored: int = 0
-    admitted: bool = False
+    num_cached: int = -1
 
     @property
     def num_uncomputed(self) -> int:
@@ -250,7 +250,8 @@ class Scheduler:
             if reason:
                 self._end(sequence)
             stop = token if reason == "stop" else None
-            outputs.append(Output(sequence.name, (token,), (logprob,), reason, stop, index=sequence.index))
+            index, cached = sequence.index, sequence.num_cached
+            outputs.append(Output(sequence.name, (token,), (logprob,), reason, stop, index=index, cached_tokens=cached))
         return outputs
 
     def fail(self, plan: StepPlan, error: str) -> list[Output]:
@@ -436,10 +437,10 @@ class Scheduler:
         if hit:
             self._pages[rank].adopt(sequence.tables, sequence.names, hit)
         sequence.num_stored, sequence.num_computed = hit, hit * self._config.page_size
-        if not sequence.admitted:
-            sequence.admitted = True
+        if sequence.num_cached < 0:
+            sequence.num_cached = sequence.num_computed
             self._queried_tokens += len(sequence.tokens)
-            self._hit_tokens += sequence.num_computed
+            self._hit_tokens += sequence.num_cached
 
     def _hit(self, sequence: Sequence, rank: int) -> int:
         """How many pages of a waiting sequence need not be computed on a rank; its last token always is."""

@@ -468,7 +468,9 @@ def test_what_a_prompt_has_in_common_with_an_earlier_one_is_not_computed_again_b
     scheduler, model = cached()
     for name, length, expected in [("first", 8, 8), ("same", 8, 2), ("longer", 11, 3), ("shorter", 5, 1)]:
         scheduler.submit(ask(name, length, max_tokens=1))
-        assert computed(scheduler, model)[0] == {name: expected}
+        plan, (output,) = step(scheduler, model)
+        assert [chunk.length for chunk in plan.chunks] == [expected]
+        assert output.cached_tokens == length - expected
     scheduler.submit(Request("other", prompt_of(8, 3), SamplingParams(max_tokens=1, ignore_eos=True)))
     assert computed(scheduler, model)[0] == {"other": 8}
     stats = scheduler.stats()
