@@ -61,6 +61,7 @@ class Sampling(NamedTuple):
     temperature: Float[Array, "*R B"]
     top_k: Int[Array, "*R B"]
     top_p: Float[Array, "*R B"]
+    min_p: Float[Array, "*R B"]
     seed: Int[Array, "*R B"]
     position: Int[Array, "*R B"]
 
@@ -79,6 +80,7 @@ class Batch(NamedTuple):
     temperature: Float[Array, "*R B"]
     top_k: Int[Array, "*R B"]
     top_p: Float[Array, "*R B"]
+    min_p: Float[Array, "*R B"]
     seed: Int[Array, "*R B"]
 
     @property
@@ -89,11 +91,11 @@ class Batch(NamedTuple):
 
     @property
     def sampling(self) -> Sampling:
-        return Sampling(self.temperature, self.top_k, self.top_p, self.seed, self.start + self.length)
+        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.seed, self.start + self.length)
 
 
-PER_SEQUENCE = ("start", "length", "temperature", "top_k", "top_p", "seed")
-FLOATS = ("temperature", "top_p")
+PER_SEQUENCE = ("start", "length", "temperature", "top_k", "top_p", "min_p", "seed")
+FLOATS = ("temperature", "top_p", "min_p")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +136,7 @@ class Packing:
             fields["temperature"].view(np.float32)[:count] = [each.temperature for each in params]
             fields["top_k"][:count] = [each.top_k for each in params]
             fields["top_p"].view(np.float32)[:count] = [each.top_p for each in params]
+            fields["min_p"].view(np.float32)[:count] = [each.min_p for each in params]
             fields["seed"].view(np.uint32)[:count] = [(each.seed or 0) & 0xFFFFFFFF for each in params]
         return packed
 

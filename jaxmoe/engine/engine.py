@@ -12,6 +12,7 @@ from jaxmoe.engine.programs import Program
 from jaxmoe.engine.request import Output, Request, SamplingParams
 from jaxmoe.engine.runner import Runner
 from jaxmoe.engine.scheduler import RankLoad, Scheduler
+from jaxmoe.errors import InvalidRequestError
 
 
 class Engine:
@@ -86,6 +87,13 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Queues a request. Raises InvalidRequestError, QueueFullError or DuplicateRequestError and changes nothing."""
+        if request.params.n != 1:
+            raise InvalidRequestError(
+                f"n={request.params.n}: a request brings one sample; submit params.sample(index) for each", "n"
+            )
+        if request.params.constraint is not None:
+            request.params.validate(self.model.config.vocab_size)
+            self._runner.grammars.matcher(request.params.constraint)
         if request.params.seed is None:
             request = dataclasses.replace(
                 request, params=dataclasses.replace(request.params, seed=secrets.randbits(32))
