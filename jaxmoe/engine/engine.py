@@ -88,9 +88,7 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Queues a request. Raises InvalidRequestError, QueueFullError or DuplicateRequestError and changes nothing."""
         if request.params.n != 1:
-            raise InvalidRequestError(
-                f"n={request.params.n}: a request brings one sample; submit params.sample(index) for each", "n"
-            )
+            raise InvalidRequestError(f"n={request.params.n}: this engine brings one sample a request; send 1", "n")
         if request.params.constraint is not None:
             request.params.validate(self.model.config.vocab_size)
             self._runner.grammars.matcher(request.params.constraint)
@@ -100,9 +98,12 @@ class Engine:
             )
         self._scheduler.submit(request)
 
-    def cancel(self, request_id: str) -> bool:
-        """Ends a request and frees its pages; its last Output says "abort". False when no such request is live."""
-        return self._scheduler.cancel(request_id)
+    def cancel(self, request_id: str, index: int | None = None) -> bool:
+        """Ends a request, or one of its samples, and frees the pages; its last Output says "abort".
+
+        False when no such request is live.
+        """
+        return index in (None, 0) and self._scheduler.cancel(request_id)
 
     def step(self) -> list[Output]:
         """One step over everything that is live; [] when there is nothing to do."""

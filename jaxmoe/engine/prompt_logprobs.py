@@ -4,18 +4,16 @@ import itertools
 import weakref
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
 from jaxmoe.engine.batch import Ranks, StepShape
-from jaxmoe.engine.request import TopLogprobs
+from jaxmoe.engine.request import PromptLogprobs, TopLogprobs
 from jaxmoe.engine.scheduler import Chunk, Sequence
 
 ROWS = 64  # of hidden states that one call looks at, on each rank
-
-Told: TypeAlias = tuple[float, TopLogprobs]
 
 
 class Rows(NamedTuple):
@@ -25,11 +23,11 @@ class Rows(NamedTuple):
     targets: Int[np.ndarray, "R rows"]
 
 
-class PromptLogprobs:
+class PromptReports:
     """By sequence, until its first token is there. Forgets a sequence when everybody else has."""
 
     def __init__(self) -> None:
-        self._found: weakref.WeakKeyDictionary[Sequence, list[Told]] = weakref.WeakKeyDictionary()
+        self._found: weakref.WeakKeyDictionary[Sequence, list[tuple[float, TopLogprobs]]] = weakref.WeakKeyDictionary()
 
     def pick(self, shape: StepShape, ranks: Ranks) -> Iterator[Rows]:
         """The rows of one prefill that are asked for; none if no sequence asks."""
@@ -42,7 +40,7 @@ class PromptLogprobs:
                     picked[:, rank, place] = pair
             yield Rows(*picked)
 
-    def take(self, chunk: Chunk, told: Iterator[Told]) -> None:
+    def take(self, chunk: Chunk, told: Iterator[tuple[float, TopLogprobs]]) -> None:
         """Takes in what the rows of a chunk brought, in the order in which they were picked."""
         if count := _count(chunk):
             found = self._found.setdefault(chunk.sequence, [])
@@ -50,8 +48,10 @@ class PromptLogprobs:
             most = chunk.sequence.request.params.prompt_logprobs
             found += [(logprob, top[:most]) for logprob, top in itertools.islice(told, count)]
 
-    def give(self, sequence: Sequence) -> tuple[Told, ...]:
-        """All there is of a sequence, once."""
+    def give(self, sequence: Sequence) -> PromptLogprobs | None:
+        """All there is of a sequence, with its first token; None if nobody asks."""
+        if sequence.request.params.prompt_logprobs is None or len(sequence.tokens) > len(sequence.request.prompt):
+            return None
         return tuple(self._found.pop(sequence, ()))
 
 

@@ -12,6 +12,7 @@ MOST_SAMPLES = 128
 
 ConstraintKind: TypeAlias = Literal["json_schema", "json_object", "regex", "grammar", "choice", "structural_tag"]
 TopLogprobs: TypeAlias = tuple[tuple[int, float], ...]
+PromptLogprobs: TypeAlias = tuple[tuple[float, TopLogprobs], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ class SamplingParams:
     presence_penalty: taken from the logit of each token in the output.
     logit_bias: added to logits, by token.
     seed: the same seed gives the same tokens whatever else is in the batch; None draws one.
-    n: samples wanted; an engine's request is one of them, see `sample`.
+    n: so many samples of one prompt, each with a seed of its own.
     min_tokens: until there are so many, neither end-of-sequence nor stop tokens are chosen, unless nothing else may be.
     max_tokens: None means up to the context limit.
     stop_token_ids: end the generation as the end-of-sequence token does.
@@ -81,18 +82,6 @@ class SamplingParams:
     def needs_last_token(self) -> bool:
         """The host must know a token before the next can be chosen; all other parameters work without."""
         return self.penalises or self.constraint is not None
-
-    @property
-    def needs_whole_prompt(self) -> bool:
-        """All of the prompt must go through the model, whatever of it is in the cache."""
-        return self.prompt_logprobs is not None
-
-    def sample(self, index: int) -> "SamplingParams":
-        """Of the request that brings sample `index` of n: the first has the seed itself and reports on the prompt."""
-        seed = self.seed
-        if seed is not None and index:
-            seed = (seed + index * 0x9E3779B9) & 0xFFFFFFFF
-        return dataclasses.replace(self, n=1, seed=seed, prompt_logprobs=None if index else self.prompt_logprobs)
 
     def validate(self, vocab_size: int) -> None:
         """Raises InvalidRequestError naming the first field whose value cannot work."""
@@ -146,10 +135,11 @@ class Output:
 
     finish_reason: None while the request goes on, else "stop" (an end-of-sequence or stop token, which is the last of
     `token_ids` and named by `stop_token`), "length" (max_tokens or the context limit) or "abort".
+    index: which of the request's n samples; each ends for itself.
     top_logprobs: for every token, the most likely ones and their log-probabilities, the likeliest first; empty unless
         `SamplingParams.logprobs` asks for some.
     prompt_logprobs: with the first token, if asked for: log-probability and most likely tokens of each token of the
-        prompt but the first, of which there is none.
+        prompt but the first, of which there is none; else None.
     """
 
     request_id: str
@@ -157,8 +147,9 @@ class Output:
     logprobs: tuple[float, ...]
     finish_reason: str | None = None
     stop_token: int | None = None
+    index: int = 0
     top_logprobs: tuple[TopLogprobs, ...] = ()
-    prompt_logprobs: tuple[tuple[float, TopLogprobs], ...] = ()
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Sampled(NamedTuple):
@@ -167,4 +158,4 @@ class Sampled(NamedTuple):
     token: int
     logprob: float
     top_logprobs: tuple[TopLogprobs, ...] = ()
-    prompt_logprobs: tuple[tuple[float, TopLogprobs], ...] = ()
+    prompt_logprobs: PromptLogprobs | None = None

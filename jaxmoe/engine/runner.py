@@ -15,7 +15,7 @@ from jaxmoe.engine.executables import Executables, Report
 from jaxmoe.engine.grammars import Grammars
 from jaxmoe.engine.model import Model, Progress, no_progress
 from jaxmoe.engine.pages import PageGroup, pages_reached
-from jaxmoe.engine.prompt_logprobs import PromptLogprobs
+from jaxmoe.engine.prompt_logprobs import PromptReports
 from jaxmoe.engine.request import Sampled
 from jaxmoe.engine.scheduler import Sequence, StepPlan
 from jaxmoe.errors import ConfigError
@@ -45,7 +45,7 @@ class Runner:
         self.executables = Executables(model, self._cache, self._packing)
         self.grammars = Grammars(model.folder, model.config.vocab_size, model.eos_token_ids)
         self._adjuster = Adjuster(model.config.vocab_size, model.eos_token_ids, self.grammars)
-        self._prompts = PromptLogprobs()
+        self._prompts = PromptReports()
         if config.warm_up:
             with ThreadPoolExecutor(1) as beside:
                 beside.submit(self.grammars.prepare)
@@ -109,7 +109,7 @@ class Runner:
         token, logprob = int(brought.tokens[rank, row]), float(brought.logprobs[rank, row])
         params = sequence.request.params
         top = (brought.top(rank, row, params.logprobs),) if params.logprobs else ()
-        return Sampled(token, logprob, top, () if params.prompt_logprobs is None else self._prompts.give(sequence))
+        return Sampled(token, logprob, top, self._prompts.give(sequence))
 
 
 def page_groups(model: Model, config: EngineConfig, max_context: int) -> tuple[PageGroup, ...]:

@@ -187,7 +187,7 @@ class Scheduler:
             if reason:
                 self._end(sequence)
             stop_token = token if reason == "stop" else None
-            outputs.append(Output(request.id, (token,), (brought[1],), reason, stop_token, *brought[2:]))
+            outputs.append(Output(request.id, (token,), (brought[1],), reason, stop_token, 0, *brought[2:]))
         return outputs
 
     def loads(self) -> list[RankLoad]:

@@ -118,16 +118,6 @@ def test_a_seed_gives_the_same_tokens_whatever_it_and_others_ask_for(engine, pro
     assert together == alone
 
 
-def test_samples_of_one_request_have_seeds_of_their_own(engine, prompts):
-    params = SamplingParams(temperature=1.5, seed=3, n=4, max_tokens=8, ignore_eos=True)
-    with pytest.raises(InvalidRequestError, match="n=4: a request brings one sample"):
-        engine.submit(Request("all", tuple(prompts[0]), params))
-    samples = [params.sample(index) for index in range(4)]
-    found = [tuple(tokens_of(outputs)) for outputs in answers(engine, [prompts[0]] * 4, samples)]
-    assert len(set(found)) == 4
-    assert found[0] == tuple(tokens_of(*answers(engine, [prompts[0]], SamplingParams(**{**vars(params), "n": 1}))))
-
-
 def test_the_likeliest_tokens_are_those_of_the_full_log_softmax(engine, model, prompts):
     params = [SamplingParams(seed=2, max_tokens=6, ignore_eos=True, logprobs=count) for count in (20, 1, 0, 5, 20)]
     for prompt, own, outputs in zip(prompts, params, answers(engine, prompts, params), strict=True):
