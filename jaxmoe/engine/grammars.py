@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import llguidance
 import numpy as np
@@ -18,6 +19,9 @@ from jaxmoe.errors import InvalidRequestError
 log = logging.getLogger(__name__)
 
 CACHED = 256
+# Between the tokens of JSON a space, or a new line with its indentation: where any whitespace goes, weak models never
+# come to an end of it. A schema's own "x-guidance" goes before this.
+JSON_STYLE: Any = {"whitespace_pattern": r"( |\r?\n[ \t]{0,32})"}
 
 
 class Grammars:
@@ -110,9 +114,9 @@ def _grammar(constraint: Constraint, tokenizer: llguidance.LLTokenizer) -> str:
         case "json_schema":
             if not isinstance(json.loads(constraint.text), dict | bool):
                 raise ValueError("a schema is an object")
-            return llguidance.grammar_from("json_schema", constraint.text)
+            return _json(constraint.text)
         case "json_object":
-            return llguidance.grammar_from("json_schema", '{"type": "object"}')
+            return _json('{"type": "object"}')
         case "regex":
             return llguidance.grammar_from("regex", constraint.text)
         case "grammar":
@@ -125,6 +129,10 @@ def _grammar(constraint: Constraint, tokenizer: llguidance.LLTokenizer) -> str:
     return _structural_tag(constraint.text, tokenizer)
 
 
+def _json(schema: str) -> str:
+    return llguidance.LLMatcher.grammar_from_json_schema(schema, defaults=JSON_STYLE)
+
+
 def _structural_tag(text: str, tokenizer: llguidance.LLTokenizer) -> str:
     described = json.loads(text)
     if not isinstance(described, dict) or not {"structures", "triggers"} <= described.keys():
@@ -135,7 +143,7 @@ def _structural_tag(text: str, tokenizer: llguidance.LLTokenizer) -> str:
         trigger = next((trigger for trigger in triggers if begin.startswith(trigger)), None)
         if trigger is None:
             raise ValueError(f"no trigger begins {begin!r}; triggers are {triggers}")
-        schema = structure.get("schema", {})
+        schema = {"x-guidance": JSON_STYLE, **structure.get("schema", {})}
         tags.append(llguidance.StructTag(trigger=trigger, begin=begin, grammar=schema, end=structure["end"]))
     if not tags:
         raise ValueError("structures is empty")

@@ -219,10 +219,9 @@ SCHEMA = {
     },
     "required": ["name", "age", "tags"],
     "additionalProperties": False,
-    "x-guidance": {"whitespace_flexible": False},
 }
 CALL = {"type": "object", "properties": {"x": {"type": "integer", "maximum": 99, "minimum": 0}}, "required": ["x"],
-        "additionalProperties": False, "x-guidance": {"whitespace_flexible": False}}  # fmt: skip
+        "additionalProperties": False}  # fmt: skip
 TAGS = {"structures": [{"begin": "<call>", "schema": CALL, "end": "</call>"}], "triggers": ["<call"]}
 
 
@@ -248,7 +247,7 @@ def test_structured_output_is_what_it_should_be_in_one_batch(demo, tokenizer, te
     ]  # fmt: skip
     prompt = tokenizer.encode("Once upon a time")
     params = [
-        SamplingParams(temperature=temperature, seed=1, max_tokens=100, constraint=constraint)
+        SamplingParams(temperature=temperature, seed=1, max_tokens=240, constraint=constraint)
         for constraint, _ in wanted
     ]
     for (constraint, holds), outputs in zip(wanted, answers(demo, [prompt] * len(wanted), params), strict=True):
