@@ -65,6 +65,17 @@ class Sampling(NamedTuple):
     seed: Int[Array, "*R B"]
     position: Int[Array, "*R B"]
 
+    def pack(self) -> Int[Array, "*R B fields"]:
+        """As one array: each of a program's arrays costs a launch some microseconds."""
+        words = [jax.lax.bitcast_convert_type(field, jnp.int32) for field in self]
+        return jnp.stack(words, axis=-1)
+
+    @classmethod
+    def unpack(cls, packed: Int[Array, "*R B fields"]) -> "Sampling":
+        fields = dict(zip(cls._fields, jnp.moveaxis(packed, -1, 0), strict=True))
+        as_float = {name: jax.lax.bitcast_convert_type(fields[name], jnp.float32) for name in FLOATS}
+        return cls(**{**fields, **as_float})
+
 
 class Batch(NamedTuple):
     """A step's input, unpacked on the device: of one rank, or of all with a leading axis R.

@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 
 PACKED = P(RANKS, None)
 COMPILE_THREADS = 2
-SAMPLING_DTYPES: Any = Sampling(jnp.float32, jnp.int32, jnp.float32, jnp.float32, jnp.int32, jnp.int32)
 # A step program is small: splitting its code into 32 modules for parallel generation costs a CPU a fifth more time.
 CPU_OPTIONS: dict[str, Any] = {"xla_cpu_parallel_codegen_split_count": 1}
 
@@ -56,12 +55,13 @@ class Steppable(Protocol):
 class Forward(NamedTuple):
     """What a forward pass brings: the cache, updated in place, and what sampling goes by.
 
-    logits: after each sequence's last token. hidden: of a prefill, the states after the final norm; else None.
+    logits: after each sequence's last token. sampling: a `Sampling`, packed. hidden: of a prefill, the states after the
+        final norm; else None.
     """
 
     cache: KVCache
     logits: Float[Array, "R B V"]
-    sampling: Sampling
+    sampling: Int[Array, "R B fields"]
     hidden: Hidden | None
 
 
@@ -116,7 +116,7 @@ class Executables:
         run = self._program(str(shape), self.compile, shape)
         return Forward(*run(self._model.params, self._model.placement, cache, packed))
 
-    def sample(self, logits: Float[Array, "R B V"], sampling: Sampling) -> Int[Array, "R B two"]:
+    def sample(self, logits: Float[Array, "R B V"], sampling: Int[Array, "R B fields"]) -> Int[Array, "R B two"]:
         """Each sequence's token with the bits of its log-probability."""
         return self._of("sampling", logits)(logits, sampling)
 
@@ -138,23 +138,25 @@ class Executables:
 
         def forward(
             params: Any, placement: Placement, cache: KVCache, packed: Int[Array, "R words"]
-        ) -> tuple[KVCache, Float[Array, "R B V"], Sampling, Hidden | None]:
+        ) -> tuple[KVCache, Float[Array, "R B V"], Int[Array, "R B fields"], Hidden | None]:
             decoder = merge(model.abstract, params)
             batch = unpack_ranks(packed, packing, shape)
             context = PagedContext(cache, batch.tables, batch.firsts)
             hidden, written, _ = decoder(batch.tokens, batch.positions, placement, context, model.execution)
             assert written is not None
-            last = jnp.arange(shape.batch) * shape.tokens + jnp.maximum(batch.length - 1, 0)
-            logits = decoder.logits(pick_rows(hidden, last), model.execution.kernels)
-            told = hidden if shape.tokens > 1 else None
-            return written.cache, logits.astype(jnp.float32), batch.sampling, told
+            last, told = hidden, None
+            if shape.tokens > 1:
+                ends = jnp.arange(shape.batch) * shape.tokens + jnp.maximum(batch.length - 1, 0)
+                last, told = pick_rows(hidden, ends), hidden
+            logits = decoder.logits(last, model.execution.kernels)
+            return written.cache, logits.astype(jnp.float32), batch.sampling.pack(), told
 
         words = self._on_ranks((packing.words(shape),), jnp.int32)
         return self._build(str(shape), forward, 2, model.params, model.placement, self._cache_shape, words)
 
     def compile_sampling(self, batch: int) -> Any:
         """The sampling program of one number of sequences a rank."""
-        fields = jax.tree.map(lambda dtype: self._on_ranks((batch,), dtype), SAMPLING_DTYPES)
+        fields = self._on_ranks((batch, len(Sampling._fields)), jnp.int32)
         run = functools.partial(sample_ranks, kernels=self._model.execution.kernels)
         return self._build(f"sampling batch={batch}", run, (), self._logits(batch), fields)
 
@@ -252,16 +254,17 @@ def pick_rows(hidden: Hidden, rows: Int[Array, "R rows"]) -> Float[Array, "R row
     return jax.shard_map(local, in_specs=(RANK_ROWS, PACKED), out_specs=RANK_ROWS, check_vma=False)(hidden, rows)
 
 
-def sample_ranks(logits: Float[Array, "R B V"], sampling: Sampling, kernels: Kernels = "xla") -> Int[Array, "R B two"]:
+def sample_ranks(
+    logits: Float[Array, "R B V"], sampling: Int[Array, "R B fields"], kernels: Kernels = "xla"
+) -> Int[Array, "R B two"]:
     """Token and the bits of its log-probability: one packed array back to the host."""
 
-    def local(logits: Array, sampling: Sampling) -> Array:
-        own = Sampling(*(field[0] for field in sampling))
-        tokens, logprobs = sample(logits[0], *own, implementation=kernels)
+    def local(logits: Array, sampling: Array) -> Array:
+        tokens, logprobs = sample(logits[0], *Sampling.unpack(sampling[0]), implementation=kernels)
         return jnp.stack([tokens, jax.lax.bitcast_convert_type(logprobs, jnp.int32)], axis=-1)[None]
 
     with jax.named_scope("sampling"):
-        run = jax.shard_map(local, in_specs=(RANK_ROWS, PACKED), out_specs=RANK_ROWS, check_vma=False)
+        run = jax.shard_map(local, in_specs=(RANK_ROWS, RANK_ROWS), out_specs=RANK_ROWS, check_vma=False)
         return run(logits, sampling)
 
 
