@@ -94,6 +94,9 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Queues a request. Raises InvalidRequestError, QueueFullError or DuplicateRequestError and changes nothing."""
+        if request.params.constraint is not None:
+            request.params.validate(self.model.config.vocab_size)
+            self._runner.grammars.matcher(request.params.constraint)
         if request.params.seed is None:
             request = dataclasses.replace(
                 request, params=dataclasses.replace(request.params, seed=secrets.randbits(32))

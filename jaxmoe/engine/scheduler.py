@@ -18,7 +18,7 @@ from typing import NamedTuple
 from jaxmoe.engine.config import EngineConfig
 from jaxmoe.engine.kv_events import KvEventBatch, RankEvents
 from jaxmoe.engine.pages import PageGroup, PageTables, RankPages, page_name, pages_reached
-from jaxmoe.engine.request import MOST_PRIORITY, Output, Request
+from jaxmoe.engine.request import MOST_PRIORITY, Output, Request, Sampled
 from jaxmoe.errors import DuplicateRequestError, InvalidRequestError, QueueFullError
 
 NO_PAGES = PageTables(0)
@@ -232,8 +232,8 @@ class Scheduler:
         self._num_steps += 1
         return StepPlan(tuple(map(tuple, prefills)), tuple(map(tuple, decodes)))
 
-    def complete(self, plan: StepPlan, sampled: Mapping[str, tuple[int, float]]) -> list[Output]:
-        """Takes in what a step brought: `sampled` has token and logprob, by request id, for each chunk that samples."""
+    def complete(self, plan: StepPlan, sampled: Mapping[str, Sampled]) -> list[Output]:
+        """Takes in what a step brought: `sampled` has it by request id, for each chunk that samples."""
         outputs = self._told_aborts()
         for sequence, start, length, samples in plan.chunks:
             request = sequence.request
@@ -244,14 +244,17 @@ class Scheduler:
             self._pages[sequence.rank].trim(sequence.tables, sequence.num_computed)
             if not samples:
                 continue
-            token, logprob = sampled[request.id]
+            brought = sampled[request.id]
+            token = brought[0]
             sequence.tokens.append(token)
             reason = self._finish_reason(sequence)
             if reason:
                 self._end(sequence)
             stop = token if reason == "stop" else None
             index, cached = sequence.index, sequence.num_cached
-            outputs.append(Output(sequence.name, (token,), (logprob,), reason, stop, index=index, cached_tokens=cached))
+            outputs.append(
+                Output(sequence.name, (token,), (brought[1],), reason, stop, index, *brought[2:], cached_tokens=cached)
+            )
         return outputs
 
     def fail(self, plan: StepPlan, error: str) -> list[Output]:
