@@ -141,14 +141,13 @@ class Executables:
         ) -> tuple[KVCache, Float[Array, "R B V"], Int[Array, "R B fields"], Hidden | None]:
             decoder = merge(model.abstract, params)
             batch = unpack_ranks(packed, packing, shape)
-            context = PagedContext(cache, batch.tables, batch.firsts)
+            context = PagedContext(cache, batch.tables, batch.firsts, batch.pieces)
             hidden, written, _ = decoder(batch.tokens, batch.positions, placement, context, model.execution)
             assert written is not None
             last, told = hidden, None
             if shape.tokens > 1:
-                ends = jnp.arange(shape.batch) * shape.tokens + jnp.maximum(batch.length - 1, 0)
-                last, told = pick_rows(hidden, ends), hidden
-            logits = decoder.logits(last, model.execution.kernels)
+                last, told = pick_rows(hidden, batch.ends), hidden
+            logits = decoder.logits(last, model.execution.kernels, batch.sequences_in_use)
             return written.cache, logits.astype(jnp.float32), batch.sampling.pack(), told
 
         words = self._on_ranks((packing.words(shape),), jnp.int32)
@@ -184,7 +183,7 @@ class Executables:
             logits = decoder.logits(pick_rows(hidden, rows), model.execution.kernels)
             return report_ranks(logits, targets[..., None], most, model.execution.kernels)
 
-        states = self._on_ranks((shape.batch * shape.tokens, model.config.width), model.params["embed"].dtype)
+        states = self._on_ranks((shape.rows, model.config.width), model.params["embed"].dtype)
         rows = self._on_ranks((rows_a_call(shape),), jnp.int32)
         return self._build(_prompts(shape), told, (), model.params, states, rows, rows)
 
@@ -318,4 +317,4 @@ class Report(NamedTuple):
 
 
 def _prompts(shape: StepShape) -> str:
-    return f"prompt tokens={shape.batch * shape.tokens}"
+    return f"prompt tokens={shape.rows}"

@@ -56,7 +56,7 @@ class PromptReports:
 
 
 def rows_a_call(shape: StepShape) -> int:
-    return min(ROWS, shape.batch * shape.tokens)
+    return min(ROWS, shape.rows)
 
 
 def _count(chunk: Chunk) -> int:
@@ -68,6 +68,6 @@ def _count(chunk: Chunk) -> int:
 
 
 def _wanted(shape: StepShape, chunks: Seq[Chunk]) -> Iterator[tuple[int, int]]:
-    for index, chunk in enumerate(chunks):
+    for begin, chunk in zip(shape.begins(chunks), chunks, strict=False):
         for offset in range(_count(chunk)):
-            yield index * shape.tokens + offset, chunk.sequence.tokens[chunk.start + offset + 1]
+            yield begin + offset, chunk.sequence.tokens[chunk.start + offset + 1]

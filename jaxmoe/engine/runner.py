@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 
 from jaxmoe.engine.adjustments import Adjuster
-from jaxmoe.engine.batch import GATHERED, READ_IN_USE, Buckets, Packing, Ranks, StepShape
+from jaxmoe.engine.batch import Packing, Ranks, StepShape, buckets
 from jaxmoe.engine.config import ACCELERATOR_SHARE, CPU_SHARE, EngineConfig
 from jaxmoe.engine.executables import Executables, Report
 from jaxmoe.engine.grammars import Grammars
@@ -39,8 +39,7 @@ class Runner:
         self._page_size = config.page_size
         self._cache = self._make_cache()
         self._packing = Packing(model.config.spans, config.page_size)
-        economy = READ_IN_USE if model.execution.kernels == "native" else GATHERED
-        self._buckets = Buckets(config, self.max_context, self._packing, economy)
+        self._buckets = buckets(config, self.max_context, self._packing, model.execution.kernels)
         self.executables = Executables(model, self._cache, self._packing)
         self.grammars = Grammars(model.folder, model.config.vocab_size, model.eos_token_ids)
         self._adjuster = Adjuster(model.config.vocab_size, model.eos_token_ids, self.grammars)
@@ -73,7 +72,7 @@ class Runner:
         if self.model.mesh_spec.expert_devices == 1 or not self.model.config.stacks["moe"]:
             return ""
         tokens: dict[str, list[int]] = {}
-        for count in sorted({shape.batch * shape.tokens for shape in self._buckets}):
+        for count in sorted({shape.rows for shape in self._buckets}):
             tokens.setdefault(self.model.strategy(count), []).append(count)
         return "; ".join(
             f"{strategy} for steps of {', '.join(map(str, counts))} tokens a rank"
@@ -82,10 +81,7 @@ class Runner:
 
     def run(self, plan: StepPlan) -> dict[str, Sampled]:
         """What every chunk of the plan that samples brings, by request id."""
-        calls = self._buckets.prefills(plan.prefills) if any(plan.prefills) else []
-        if any(plan.decodes):
-            calls.append((self._buckets.decode_shape(plan.decodes), plan.decodes))
-        launched = [(ranks, *self._launch(shape, ranks)) for shape, ranks in calls]
+        launched = [(ranks, *self._launch(shape, ranks)) for shape, ranks in self._buckets.calls(plan)]
         sampled: dict[str, Sampled] = {}
         for ranks, out, prompts in launched:
             brought, told = Report.read(out), [Report.read(packed) for packed in prompts]

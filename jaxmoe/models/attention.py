@@ -41,8 +41,9 @@ class Paging(NamedTuple):
     """One group's part of a PagedContext."""
 
     pages: Pages
-    table: Int[Array, "*R B pages"]
-    first: Int[Array, "*R B"]
+    table: Int[Array, "*R S pages"]
+    first: Int[Array, "*R S"]
+    pieces: paged_attention.Pieces | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Weights:
     stacks: dict[str, Array]
     layer: Int[Array, ""]
     kernels: Kernels
+    in_use: Int[Array, ""] | None = None
 
     def __contains__(self, name: str) -> bool:
         return name in self.stacks
@@ -62,7 +64,7 @@ class Weights:
 
     def project(self, x: Float[Array, "B T K"], *names: str) -> list[Array]:
         """x times each of these matrices, plus its bias if there is one."""
-        outs = linear(x, [self.stacks[name] for name in names], self.layer, self.kernels)
+        outs = linear(x, [self.stacks[name] for name in names], self.layer, self.kernels, self.in_use)
         biases = (f"{name}_bias" for name in names)
         return [out + self[bias] if bias in self else out for out, bias in zip(outs, biases, strict=True)]
 
@@ -76,7 +78,8 @@ class Weights:
         """The output projection of all heads together, before its bias."""
         out = self.stacks["out"]
         flat = heads.reshape(*heads.shape[:2], -1)
-        return linear(flat, [out.reshape(out.shape[0], -1, out.shape[-1])], self.layer, self.kernels)[0]
+        stack = out.reshape(out.shape[0], -1, out.shape[-1])
+        return linear(flat, [stack], self.layer, self.kernels, self.in_use)[0]
 
 
 class CachedAttention(nnx.Module):
@@ -106,7 +109,7 @@ class CachedAttention(nnx.Module):
         """What attention reads: the pages, with what is new [B, T, ...] in them, or that alone if there are none."""
         if paging is None:
             return tuple(array[None] for array in new), paged_attention.side_by_side(jnp.maximum(positions[:, 0], 0))
-        where = paged_attention.Where(cached, paging.table, paging.first)
+        where = paged_attention.Where(cached, paging.table, paging.first, paging.pieces)
         return paged_attention.write(paging.pages, new, positions, where, kernels), where
 
     def mix(
@@ -137,8 +140,8 @@ class CachedAttention(nnx.Module):
             x: Array, positions: Array, layer: Array, cached: Array, stacks: dict[str, Array], paging: Any
         ) -> tuple[Array, Pages]:
             rows = x.reshape(*positions.shape[1:], x.shape[-1])
-            weights = Weights(stacks, layer, kernels)
-            own = Paging(paging[0], paging[1][0], paging[2][0]) if paging is not None else None
+            own = Paging(paging[0], *jax.tree.map(lambda each: each[0], paging[1:])) if paging else None
+            weights = Weights(stacks, layer, kernels, own.pieces.begins[-1] if own and own.pieces else None)
             result, pages = self.mix(rows, positions[0], kind, weights, cached, own)
             result = jax.lax.psum(result, "tp") if "heads" in self.rules.split else result
             if "out_bias" in weights:
@@ -146,7 +149,10 @@ class CachedAttention(nnx.Module):
             return result.reshape(x.shape), pages
 
         pages_specs = kv_cache.cache_partitions(self.config, self.rules) if context is not None else ()
-        paging_specs: Any = (pages_specs, RANK_ROWS, P(RANKS, None)) if context is not None else None
+        paging_specs: Any = None
+        if context is not None:
+            of_pieces = None if context.pieces is None else P(RANKS)
+            paging_specs = (pages_specs, RANK_ROWS, P(RANKS, None), of_pieces)
         stack_specs = {name: self.rules.partition(*self.SPLIT[name]) for name in stacks}
         run = jax.shard_map(
             local,
@@ -156,7 +162,7 @@ class CachedAttention(nnx.Module):
         )
         paging = None
         if context is not None:
-            paging = (context.cache[at.group], context.tables[at.group], context.firsts[at.group])
+            paging = (context.cache[at.group], context.tables[at.group], context.firsts[at.group], context.pieces)
         with jax.named_scope("attention"):
             result, pages = run(x, positions, jnp.asarray(at.layer), jnp.asarray(at.cached), stacks, paging)
         if context is not None:
@@ -219,7 +225,8 @@ class Attention(CachedAttention):
             # Only the pages that the tables name: a slice of the cache itself would be a copy of all of it.
             read = [paged_attention.read(array, where) for array in pages]
             pair = tuple(jax.lax.dynamic_slice_in_dim(array, own, 1, axis=2)[None] for array in read)
-            mixed = paged_attention.attend(query, positions, pair, paged_attention.side_by_side(where.first), *how)
+            beside = paged_attention.side_by_side(where.first)._replace(pieces=where.pieces)
+            mixed = paged_attention.attend(query, positions, pair, beside, *how)
         else:
             mixed = paged_attention.attend(query, positions, pages, where, *how, weights.kernels)
         return weights.join(mixed), pages if paging is not None else ()

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmoe.axes import Hidden, Layer, Logits, Positions, Tokens
+from jaxmoe.axes import Hidden, InUse, Layer, Logits, Positions, Tokens
 from jaxmoe.models.attention import RANK_ROWS, Attention, Place
 from jaxmoe.models.config import ModelConfig
 from jaxmoe.models.feed_forward import FeedForward
@@ -24,6 +24,7 @@ from jaxmoe.moe.placement import Placement, choose_slots
 from jaxmoe.moe.routing import Routing
 from jaxmoe.ops.linear import Kernels, linear, linear_transposed
 from jaxmoe.ops.norms import rms_norm
+from jaxmoe.sharding.mesh import RANKS
 from jaxmoe.sharding.rules import Rules
 
 EVERYWHERE = P()
@@ -254,6 +255,7 @@ class Decoder(nnx.Module):
     ) -> tuple[Hidden, PagedContext | None, Routed | None]:
         """One layer of the kind that layer `number` has, with the arrays of `place`."""
         kind = self.config.all_kinds[number]
+        in_use = context.in_use if context is not None else None
         routed = None
         with jax.named_scope("layer"):
             normed = self._norm(x, self.attention_norm[place.layer])
@@ -261,16 +263,22 @@ class Decoder(nnx.Module):
             x = x + attended
             normed = self._norm(x, self.feed_forward_norm[place.layer])
             if kind.moe:
-                mixed, routed = self._mixture(normed, positions, place.feed_forward, placement, execution)
+                mixed, routed = self._mixture(normed, positions, place.feed_forward, placement, execution, in_use)
                 x = x + mixed
             else:
-                x = x + self.dense(normed, place.feed_forward, execution.kernels)
+                x = x + self.dense(normed, place.feed_forward, execution.kernels, in_use)
         return x, context, routed
 
     def _mixture(
-        self, x: Hidden, positions: Positions, layer: Layer, placement: Placement, execution: Execution
+        self,
+        x: Hidden,
+        positions: Positions,
+        layer: Layer,
+        placement: Placement,
+        execution: Execution,
+        in_use: InUse,
     ) -> tuple[Hidden, Routed]:
-        logits, experts, weights, slots = self._route(x, positions, layer, placement, execution.kernels)
+        logits, experts, weights, slots = self._route(x, positions, layer, placement, execution.kernels, in_use)
         mixed = mixture(
             x,
             slots,
@@ -284,24 +292,29 @@ class Decoder(nnx.Module):
             execution.kernels,
         )
         if self.config.shared_width:
-            mixed = mixed + self.shared(x, layer, execution.kernels)
+            mixed = mixed + self.shared(x, layer, execution.kernels, in_use)
         return mixed, Routed(logits, experts)
 
-    def logits(self, hidden: Hidden, kernels: Kernels = "xla") -> Logits:
-        """Next-token logits in the dtype of `hidden`, the whole vocabulary on every device of a rank."""
+    def logits(self, hidden: Hidden, kernels: Kernels = "xla", in_use: InUse = None) -> Logits:
+        """Next-token logits in the dtype of `hidden`, the whole vocabulary on every device of a rank.
+
+        in_use: how many of each rank's rows are not padding, if that is known.
+        """
         tied = self.config.tie_embeddings
         table, partition = (self.embed, self.vocab_partition) if tied else (self.lm_head, self.head_partition)
 
-        def local(hidden: Array, table: Array) -> Array:
+        def local(hidden: Array, table: Array, in_use: Array | None) -> Array:
             if tied:
                 part = linear_transposed(hidden, table, kernels)
             else:
-                (part,) = linear(hidden, [table[None]], implementation=kernels)
+                rows = None if in_use is None else in_use[0]
+                (part,) = linear(hidden, [table[None]], implementation=kernels, in_use=rows)
             return jax.lax.all_gather(part, "tp", axis=2, tiled=True) if "vocab" in self.rules.split else part
 
         with jax.named_scope("logits"):
-            run = jax.shard_map(local, in_specs=(RANK_ROWS, partition), out_specs=RANK_ROWS, check_vma=False)
-            return run(hidden, table[...])
+            of_use = None if in_use is None else P(RANKS)
+            run = jax.shard_map(local, in_specs=(RANK_ROWS, partition, of_use), out_specs=RANK_ROWS, check_vma=False)
+            return run(hidden, table[...], in_use)
 
     def _embed(self, tokens: Tokens) -> Hidden:
         def local(tokens: Array, table: Array) -> Array:
@@ -321,13 +334,20 @@ class Decoder(nnx.Module):
         return rms_norm(x, weight, self.config.norm_eps)
 
     def _route(
-        self, x: Hidden, positions: Positions, layer: Layer, placement: Placement, kernels: Kernels
+        self, x: Hidden, positions: Positions, layer: Layer, placement: Placement, kernels: Kernels, in_use: InUse
     ) -> tuple[Array, ...]:
         def local(
-            x: Array, positions: Array, layer: Array, router: Array, bias: Array | None, placement: Placement
+            x: Array,
+            positions: Array,
+            layer: Array,
+            router: Array,
+            bias: Array | None,
+            placement: Placement,
+            in_use: Array | None,
         ) -> tuple[Array, ...]:
             of_layer = None if bias is None else bias[layer]
-            (logits,) = linear(x[0].astype(router.dtype), [router], layer, kernels)
+            rows = None if in_use is None else in_use[0]
+            (logits,) = linear(x[0].astype(router.dtype), [router], layer, kernels, rows)
             experts, weights = self.route(logits, of_layer, positions.reshape(-1) >= 0)
             slots = choose_slots(experts, placement.replica_slots[layer], placement.replica_count[layer])
             return logits[None], experts[None], weights[None], slots[None]
@@ -335,12 +355,12 @@ class Decoder(nnx.Module):
         with jax.named_scope("route"):
             run = jax.shard_map(
                 local,
-                in_specs=(RANK_ROWS, RANK_ROWS, P(), P(), P(), P()),
+                in_specs=(RANK_ROWS, RANK_ROWS, P(), P(), P(), P(), None if in_use is None else P(RANKS)),
                 out_specs=(RANK_ROWS, RANK_ROWS, RANK_ROWS, RANK_ROWS),
                 check_vma=False,
             )
             bias = self.router_bias[...] if self.config.groups is not None else None
-            return run(x, positions, jnp.asarray(layer), self.router[...], bias, placement)
+            return run(x, positions, jnp.asarray(layer), self.router[...], bias, placement, in_use)
 
 
 class NextTokens(nnx.Module):

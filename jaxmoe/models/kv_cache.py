@@ -16,8 +16,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from jaxmoe.axes import InUse
 from jaxmoe.models.config import ModelConfig
 from jaxmoe.ops.linear import TPU_LANES
+from jaxmoe.ops.paged_attention import Pieces
 from jaxmoe.sharding.rules import Rules
 from jaxmoe.spans import Span
 
@@ -34,11 +36,18 @@ class PagedContext(NamedTuple):
     """The cache and where the batch's sequences live in it, by group.
 
     A table row's unused tail may hold any page: what lies there is at positions that no query has reached.
+    pieces: of a batch whose tokens lie in one row.
     """
 
     cache: KVCache
-    tables: tuple[Int[Array, "R B pages"], ...]
-    firsts: tuple[Int[Array, "R B"], ...]
+    tables: tuple[Int[Array, "R S pages"], ...]
+    firsts: tuple[Int[Array, "R S"], ...]
+    pieces: Pieces | None = None
+
+    @property
+    def in_use(self) -> InUse:
+        """How many of a rank's rows are not padding, if those come last."""
+        return None if self.pieces is None else self.pieces.begins[:, -1]
 
 
 def cache_vectors(config: ModelConfig, platform: str = "cpu") -> tuple[tuple[int, ...], ...]:

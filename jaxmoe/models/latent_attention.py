@@ -5,7 +5,7 @@ into the space of the latent and meets what is cached as it is, and the value is
 step then reads r + dr numbers a token and never makes per-head keys and values.
 """
 
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -17,7 +17,10 @@ from jaxmoe.models.config import LayerKind
 from jaxmoe.models.kv_cache import Pages
 from jaxmoe.ops import paged_attention
 from jaxmoe.ops.norms import rms_norm
+from jaxmoe.ops.paged_attention import Where
 from jaxmoe.ops.rope import cos_sin, rotate
+
+Queries: TypeAlias = tuple[Float[Array, "B T H dn"], Float[Array, "B T H dr"]]  # not rotated, and rotated
 
 NORM_EPS = 1e-6  # of the norms within attention, whatever the model's own is
 
@@ -99,21 +102,67 @@ class LatentAttention(CachedAttention):
         entries = jnp.concatenate([latent, key_rope], axis=-1)
         pages, where = self.cache((entries,), positions, cached, paging, weights.kernels)
         (held,) = pages
-        num_keys = where.table.shape[1] * held.shape[2]
-        if absorbs(self.dims, x.shape[1], num_keys):
-            to_latent = weights.by_head(query[..., :nope], "key_value", slice(nope), transposed=True)
-            whole = jnp.concatenate([to_latent, query_rope], axis=-1)
-            mixed = paged_attention.attend(
-                whole, positions, pages, where, config.score_scale, kind.span, rank, weights.kernels
-            )
-            mixed = weights.by_head(mixed, "key_value", slice(nope, None))
+        queries = (query[..., :nope], query_rope)
+        if where.pieces is not None:
+            mixed = self._one_row(queries, positions, held, where, kind, weights)
+        elif absorbs(self.dims, x.shape[1], where.table.shape[1] * held.shape[2]):
+            mixed = self._absorbed(queries, positions, held, where, kind, weights)
         else:
-            whole = jnp.concatenate([query[..., :nope], query_rope], axis=-1)
-            mixed = paged_attention.attend_latent(
-                whole, positions, held, where, weights.stacks["key_value"], weights.layer, config.score_scale,
-                kind.span, self.dims.value_dim, weights.kernels,
-            )  # fmt: skip
+            mixed = self._expanded(queries, positions, held, where, kind, weights)
         return weights.join(mixed), pages if paging is not None else ()
+
+    def _absorbed(
+        self,
+        queries: Queries,
+        positions: Int[Array, "B T"],
+        held: Array,
+        where: Where,
+        kind: LayerKind,
+        weights: Weights,
+    ) -> Float[Array, "B T H dv"]:
+        """Attention in the space of the latents."""
+        nope = self.dims.nope_dim
+        to_latent = weights.by_head(queries[0], "key_value", slice(nope), transposed=True)
+        whole = jnp.concatenate([to_latent, queries[1]], axis=-1)
+        rank, scale = self.dims.kv_lora_rank, self.config.score_scale
+        mixed = paged_attention.attend(whole, positions, (held,), where, scale, kind.span, rank, weights.kernels)
+        return weights.by_head(mixed, "key_value", slice(nope, None))
+
+    def _expanded(
+        self,
+        queries: Queries,
+        positions: Int[Array, "B T"],
+        held: Array,
+        where: Where,
+        kind: LayerKind,
+        weights: Weights,
+    ) -> Float[Array, "B T H dv"]:
+        """Attention over keys and values made of the latents."""
+        return paged_attention.attend_latent(
+            jnp.concatenate(queries, axis=-1), positions, held, where, weights.stacks["key_value"], weights.layer,
+            self.config.score_scale, kind.span, self.dims.value_dim, weights.kernels,
+        )  # fmt: skip
+
+    def _one_row(
+        self,
+        queries: Queries,
+        positions: Int[Array, "1 N"],
+        held: Array,
+        where: Where,
+        kind: LayerKind,
+        weights: Weights,
+    ) -> Float[Array, "1 N H dv"]:
+        """All sequences' tokens in one row: those that decode absorbed, pieces of prompts not."""
+        assert where.pieces is not None
+        most = min(positions.shape[1], where.table.shape[0])
+        alone = jnp.arange(most) < where.pieces.decodes
+        of_alone = (queries[0][0, :most, None], queries[1][0, :most, None])
+        own = Where(where.layer, where.table[:most], where.first[:most])
+        at = jnp.where(alone, positions[0, :most], -1)[:, None]
+        mixed = self._absorbed(of_alone, at, held, own, kind, weights)[:, 0]
+        in_pieces = positions.at[0, :most].set(jnp.where(alone, -1, positions[0, :most]))
+        rest = self._expanded(queries, in_pieces, held, where, kind, weights)
+        return rest.at[0, :most].set(jnp.where(alone[:, None, None], mixed, rest[0, :most]))
 
 
 def absorbs(dims: Dims, queries: int, keys: int) -> bool:

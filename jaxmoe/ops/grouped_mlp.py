@@ -87,11 +87,15 @@ def gated_mlp(
     layer: int | Int[Array, ""],
     activation: str,
     implementation: Kernels = "xla",
+    in_use: Int[Array, ""] | None = None,
 ) -> Float[Array, "N D"]:
-    """One MLP for all rows: the layer's of a stack. gate_up and down as in `grouped_mlp`."""
+    """One MLP for all rows: the layer's of a stack. gate_up and down as in `grouped_mlp`; in_use as in `linear`."""
     if implementation == "native":
-        alone = jnp.zeros((x.shape[0], 1), jnp.int32), jnp.ones((x.shape[0], 1), jnp.float32)
-        return native.grouped_mlp(x, *alone, gate_up, down, layer, activation, weigh_input=False)
+        slots = jnp.zeros((x.shape[0], 1), jnp.int32)
+        if in_use is not None:
+            slots = jnp.where(jnp.arange(x.shape[0])[:, None] < in_use, slots, -1)
+        ones = jnp.ones((x.shape[0], 1), jnp.float32)
+        return native.grouped_mlp(x, slots, ones, gate_up, down, layer, activation, weigh_input=False)
     hidden = swiglu(jnp.tensordot(x, of_layer(gate_up, layer), 1), activation)
     return hidden @ of_layer(down, layer)
 

@@ -20,13 +20,15 @@ def linear(
     stacks: Sequence[Float[Array, "_L K *_N"]],
     layer: int | Int[Array, ""] = 0,
     implementation: Kernels = "xla",
+    in_use: Int[Array, ""] | None = None,
 ) -> list[Array]:
     """x meets the layer's matrix of each stack: [*rows, *N] for each, in x's dtype, summed in float32.
 
     Stacks are indexed within, so that "native" copies no layer; and all of them in one call.
+    in_use: how many rows, of all of them flat, are not padding. "native" spends nothing on the others, which are 0.
     """
     if implementation == "native":
-        return native.linear(x, stacks, layer)
+        return native.linear(x, stacks, layer, in_use)
     return [jnp.tensordot(x, of_layer(stack, layer), 1) for stack in stacks]
 
 

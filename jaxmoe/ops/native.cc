@@ -599,10 +599,10 @@ void LinearOf(Team& team, const X* x, int64_t rows, int64_t depth, const std::ve
   });
 }
 
-// x [rows, K], layer [], then stacks [L, K, N...] -> for each stack [rows, N...].
-ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer layer, ffi::RemainingArgs stacks,
-                  ffi::RemainingRets outs) {
-  int64_t rows = x.dimensions()[0], depth = x.dimensions()[1];
+// x [N, K], layer [], rows of x that are in use [], then stacks [L, K, M...] -> for each stack [N, M...]; 0 in other rows.
+ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer layer, ffi::AnyBuffer in_use,
+                  ffi::RemainingArgs stacks, ffi::RemainingRets outs) {
+  int64_t all = x.dimensions()[0], rows = std::clamp<int64_t>(*Data<int32_t>(in_use), 0, all), depth = x.dimensions()[1];
   int32_t index = *Data<int32_t>(layer);
   auto first = stacks.get<ffi::AnyBuffer>(0);
   if (!first) return first.error();
@@ -622,7 +622,9 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer layer, 
       cols.push_back(Product(stack->dimensions(), 2, stack->dimensions().size()));
       weights.push_back(Data<W>(*stack) + index * depth * cols.back());
       results.push_back(Data<X>(*out));
+      std::memset(results.back() + rows * cols.back(), 0, (all - rows) * cols.back() * sizeof(X));
     }
+    if (rows == 0) return ffi::Error::Success();
     LinearOf<X, W>(team, Data<X>(x), rows, depth, weights, cols, results);
     return ffi::Error::Success();
   });
@@ -1055,39 +1057,68 @@ void AttendTask(const X* query, int64_t heads, int64_t head_dim, int64_t value_d
   }
 }
 
+// Which tokens of a batch belong to which sequence: those of sequence s are rows begins[s] to begins[s + 1]; what comes
+// after the last is padding.
+struct Rows {
+  int64_t sequences;
+  const int32_t* begins;  // [sequences + 1]
+
+  int64_t count(int64_t sequence) const { return begins[sequence + 1] - begins[sequence]; }
+  int64_t all() const { return begins[sequences]; }
+};
+
+inline Rows RowsOf(const ffi::AnyBuffer& begins) {
+  return {begins.dimensions()[0] - 1, Data<int32_t>(begins)};
+}
+
 // Tasks over sequences, heads and tiles of queries. make_source(sequence, kv_head) -> where its keys and values are.
 template <typename X, typename MakeSource>
-void AttendOf(Team& team, const X* query, ffi::AnyBuffer::Dimensions shape, const int32_t* positions,
+void AttendOf(Team& team, const X* query, ffi::AnyBuffer::Dimensions shape, const int32_t* positions, const Rows& rows,
               const int32_t* first, int64_t kv_heads, int64_t value_dim, float scale, Span span, int64_t span_size,
               const MakeSource& make_source, X* out) {
-  int64_t batch = shape[0], tokens = shape[1], heads = shape[2], key_dim = shape[3];
+  struct Task {
+    int64_t sequence, token;
+    int tokens, head, kv_heads, group;
+  };
+  int64_t heads = shape[2], key_dim = shape[3];
   int group = static_cast<int>(heads / kv_heads), together = std::min(group, kQueryCols);
   while (group % together) --together;
   int64_t at_once = std::max<int64_t>(1, kQueryCols / together);
-  int64_t tiles = (tokens + at_once - 1) / at_once, parts = heads / together;
+  auto is_few = [&](int64_t sequence) { return rows.count(sequence) * group <= kLanes; };
   // With few queries it is keys that take the time: heads stay together as long as all threads have something to do.
-  int64_t kv_together = 1;
-  if (tokens * group <= kLanes) {
-    for (kv_together = kv_heads; kv_heads % kv_together || batch * kv_heads / kv_together < std::min<int64_t>(
-             4 * team.size(), batch * kv_heads);) --kv_together;
-    parts = kv_heads / kv_together;
-  }
-  team.Run(batch * parts * tiles, [&](int64_t task) {
+  int64_t few = 0, kv_together = kv_heads, enough = 4 * team.size();
+  for (int64_t s = 0; s < rows.sequences; ++s) few += rows.count(s) > 0 && is_few(s);
+  while (kv_together > 1 && (kv_heads % kv_together || few * kv_heads / kv_together < enough)) --kv_together;
+  std::vector<Task> tasks;
+  for (int64_t s = 0; s < rows.sequences; ++s) {
+    if (is_few(s)) continue;
     // The last queries see most keys: they go first, so that no thread is left with a long one.
-    int64_t tile = tiles - 1 - task / (batch * parts), part = task % parts, sequence = task / parts % batch;
-    int64_t token = tile * at_once, head = part * together * kv_together;
-    int count = static_cast<int>(std::min(at_once, tokens - token));
-    int64_t row = (sequence * tokens + token) * heads + head;
-    AttendTask<X>(query + row * key_dim, heads, key_dim, value_dim, kv_together, together, count,
-                  positions + sequence * tokens + token, make_source(sequence, head / group), first[sequence],
-                  scale, span, span_size, out + row * value_dim);
+    for (int64_t end = rows.count(s), tile = (end - 1) / at_once; tile >= 0; --tile)
+      for (int head = 0; head < heads; head += together)
+        tasks.push_back({s, rows.begins[s] + tile * at_once, static_cast<int>(std::min(at_once, end - tile * at_once)),
+                         head, 1, together});
+  }
+  for (int64_t s = 0; s < rows.sequences; ++s) {
+    if (!rows.count(s) || !is_few(s)) continue;
+    for (int64_t kv = 0; kv < kv_heads; kv += kv_together)
+      tasks.push_back({s, rows.begins[s], static_cast<int>(rows.count(s)), static_cast<int>(kv * group),
+                       static_cast<int>(kv_together), group});
+  }
+  team.Run(tasks.size(), [&](int64_t index) {
+    const Task& task = tasks[index];
+    int64_t row = task.token * heads + task.head;
+    AttendTask<X>(query + row * key_dim, heads, key_dim, value_dim, task.kv_heads, task.group, task.tokens,
+                  positions + task.token, make_source(task.sequence, task.head / group), first[task.sequence], scale,
+                  span, span_size, out + row * value_dim);
   });
+  int64_t of_row = heads * value_dim;
+  std::memset(out + rows.all() * of_row, 0, (shape[0] * shape[1] - rows.all()) * of_row * sizeof(X));
 }
 
-// query [B, T, H, d], positions [B, T], table [B, pages], first [B], layer [], key and value pages [L, P, page, Kv, *],
+// query [B, T, H, d], positions [B, T], begins [S + 1], table [S, pages], first [S], layer [], key and value pages [L, P, page, Kv, *],
 // or without Kv, which is then 1, -> [B, T, H, dv]. A value is the first dv numbers of what the value pages hold.
-ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer positions, ffi::AnyBuffer table,
-                  ffi::AnyBuffer first, ffi::AnyBuffer layer, ffi::AnyBuffer keys, ffi::AnyBuffer values,
+ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer positions, ffi::AnyBuffer begins,
+                  ffi::AnyBuffer table, ffi::AnyBuffer first, ffi::AnyBuffer layer, ffi::AnyBuffer keys, ffi::AnyBuffer values,
                   ffi::Result<ffi::AnyBuffer> out, float scale, int32_t span, int64_t span_size) {
   auto key_shape = keys.dimensions(), value_shape = values.dimensions();
   Paged paged{key_shape[2], table.dimensions()[1], Data<int32_t>(table), Data<int32_t>(first)};
@@ -1106,7 +1137,7 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer pos
         return PagedSource<X>{paged, sequence, of_keys + kv_head * key_dim, kv_heads * key_dim, key_dim,
                               of_values + kv_head * stored_value, kv_heads * stored_value, value_dim, shared};
       };
-      AttendOf<X>(team, Data<X>(query), query.dimensions(), Data<int32_t>(positions), paged.first, kv_heads, value_dim,
+      AttendOf<X>(team, Data<X>(query), query.dimensions(), Data<int32_t>(positions), RowsOf(begins), paged.first, kv_heads, value_dim,
                   scale, static_cast<Span>(span), span_size, source, Data<X>(out));
       return ffi::Error::Success();
     }
@@ -1114,33 +1145,34 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer pos
 }
 
 // Latent attention that makes keys and values of the latents that some query sees. query [B, T, H, dn + dr], positions
-// [B, T], table [B, pages], first [B], layer [] of the cache, entries [L, P, page, r + dr], layer [] of the weights,
+// [B, T], begins [S + 1], table [S, pages], first [S], layer [] of the cache, entries [L, P, page, r + dr], layer [] of the weights,
 // key_value [L, r, H, dn + dv] -> [B, T, H, dv].
-ffi::Error AttendLatent(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer positions, ffi::AnyBuffer table,
-                        ffi::AnyBuffer first, ffi::AnyBuffer cached, ffi::AnyBuffer entries, ffi::AnyBuffer layer,
+ffi::Error AttendLatent(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer positions, ffi::AnyBuffer begins,
+                        ffi::AnyBuffer table, ffi::AnyBuffer first, ffi::AnyBuffer cached, ffi::AnyBuffer entries, ffi::AnyBuffer layer,
                         ffi::AnyBuffer key_value, ffi::Result<ffi::AnyBuffer> out, float scale, int32_t span,
                         int64_t span_size) {
   auto shape = query.dimensions(), held = entries.dimensions(), weights = key_value.dimensions();
   Paged paged{held[2], table.dimensions()[1], Data<int32_t>(table), Data<int32_t>(first)};
-  int64_t batch = shape[0], tokens = shape[1], heads = shape[2], width = held[3], rank = weights[1], made_dim = weights[3];
+  Rows rows = RowsOf(begins);
+  int64_t heads = shape[2], width = held[3], rank = weights[1], made_dim = weights[3];
   int64_t value_dim = out->dimensions()[3], nope_dim = made_dim - value_dim, cols = heads * made_dim;
   // Where the tokens of each sequence begin among those made.
-  std::vector<int64_t> begins(batch + 1, 0);
+  std::vector<int64_t> made_begins(rows.sequences + 1, 0);
   constexpr int64_t kRowsAtOnce = 96;
   struct Task {
     int64_t sequence, row, col;
   };
   std::vector<Task> tasks;
-  for (int64_t b = 0; b < batch; ++b) {
+  for (int64_t b = 0; b < rows.sequences; ++b) {
     int64_t last = -1;
-    for (int64_t t = 0; t < tokens; ++t)
-      last = std::max<int64_t>(last, Data<int32_t>(positions)[b * tokens + t]);
+    for (int64_t row = rows.begins[b]; row < rows.begins[b + 1]; ++row)
+      last = std::max<int64_t>(last, Data<int32_t>(positions)[row]);
     int64_t seen = last < 0 ? 0 : last + 1 - paged.first[b];
-    begins[b + 1] = begins[b] + seen;
+    made_begins[b + 1] = made_begins[b] + seen;
     for (int64_t row = 0; row < seen; row += kRowsAtOnce)
       for (int64_t col = 0; col < cols; col += kBlockCols) tasks.push_back({b, row, col});
   }
-  Scratch scratch(begins[batch] * cols);
+  Scratch scratch(made_begins.back() * cols);
   float* made = scratch.get();
   Team team(pool);
   return ByTypes("attend_latent", query.element_type(), entries.element_type(), [&](auto of_x, auto of_w) {
@@ -1153,7 +1185,7 @@ ffi::Error AttendLatent(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuff
       const X* matrix = Data<X>(key_value) + *Data<int32_t>(layer) * rank * cols;
       team.Run(tasks.size(), [&](int64_t index) {
         const Task& task = tasks[index];
-        int64_t begin = begins[task.sequence], seen = begins[task.sequence + 1] - begin;
+        int64_t begin = made_begins[task.sequence], seen = made_begins[task.sequence + 1] - begin;
         int high = static_cast<int>(std::min(kRowsAtOnce, seen - task.row));
         int wide = static_cast<int>(std::min<int64_t>(kBlockCols, cols - task.col));
         float* y = Local(high * (kBlockCols + rank), 1);
@@ -1167,10 +1199,10 @@ ffi::Error AttendLatent(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuff
           std::memcpy(made + (begin + task.row + i) * cols + task.col, y + i * kBlockCols, wide * sizeof(float));
       });
       auto source = [&](int64_t sequence, int64_t head) {
-        return LatentSource<X>{paged, sequence, made + begins[sequence] * cols + head * made_dim, cols, nope_dim,
+        return LatentSource<X>{paged, sequence, made + made_begins[sequence] * cols + head * made_dim, cols, nope_dim,
                                value_dim, cache + rank, width, width - rank, false};
       };
-      AttendOf<X>(team, Data<X>(query), shape, Data<int32_t>(positions), paged.first, heads, value_dim, scale,
+      AttendOf<X>(team, Data<X>(query), shape, Data<int32_t>(positions), rows, paged.first, heads, value_dim, scale,
                   static_cast<Span>(span), span_size, source, Data<X>(out));
       return ffi::Error::Success();
     }
@@ -1178,10 +1210,11 @@ ffi::Error AttendLatent(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuff
 }
 
 // Puts new [B, T, ...] in their places of pages [L, P, page, ...], for each of the arrays given; those at position -1
-// nowhere. positions [B, T], table [B, pages], first [B], layer [], then pages, then new -> pages, in place.
-ffi::Error Write(ffi::AnyBuffer positions, ffi::AnyBuffer table, ffi::AnyBuffer first, ffi::AnyBuffer layer,
+// nowhere. positions [B, T], begins [S + 1], table [S, pages], first [S], layer [], then pages, then new -> pages, in place.
+ffi::Error Write(ffi::AnyBuffer positions, ffi::AnyBuffer begins, ffi::AnyBuffer table, ffi::AnyBuffer first, ffi::AnyBuffer layer,
                  ffi::RemainingArgs arrays, ffi::RemainingRets outs) {
-  int64_t batch = positions.dimensions()[0], tokens = positions.dimensions()[1], width = table.dimensions()[1];
+  Rows rows = RowsOf(begins);
+  int64_t width = table.dimensions()[1];
   for (size_t i = 0; i < outs.size(); ++i) {
     auto fresh = arrays.get<ffi::AnyBuffer>(outs.size() + i);
     auto pages = outs.get<ffi::AnyBuffer>(i);
@@ -1192,14 +1225,14 @@ ffi::Error Write(ffi::AnyBuffer positions, ffi::AnyBuffer table, ffi::AnyBuffer 
     int64_t page_size = shape[2];
     size_t bytes = Product(shape, 3, shape.size()) * ffi::ByteWidth(fresh->element_type());
     auto* base = Data<char>(*pages) + *Data<int32_t>(layer) * shape[1] * page_size * bytes;
-    for (int64_t b = 0; b < batch; ++b) {
-      for (int64_t t = 0; t < tokens; ++t) {
-        int32_t position = Data<int32_t>(positions)[b * tokens + t];
+    for (int64_t b = 0; b < rows.sequences; ++b) {
+      for (int64_t row = rows.begins[b]; row < rows.begins[b + 1]; ++row) {
+        int32_t position = Data<int32_t>(positions)[row];
         if (position < 0) continue;
         int64_t at = position - Data<int32_t>(first)[b];
         int64_t page = Data<int32_t>(table)[b * width + at / page_size];
         std::memcpy(base + (page * page_size + at % page_size) * bytes,
-                    Data<char>(*fresh) + (b * tokens + t) * bytes, bytes);
+                    Data<char>(*fresh) + row * bytes, bytes);
       }
     }
   }
@@ -1245,7 +1278,7 @@ auto Arguments(Binding&& binding) {
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeLinear, Linear,
-                              Arguments<2>(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>())
+                              Arguments<3>(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>())
                                   .RemainingArgs()
                                   .RemainingRets());
 
@@ -1264,21 +1297,21 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeGroupedMlp, GroupedMlp,
                                   .Attr<bool>("weigh_input"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeAttend, Attend,
-                              Arguments<7>(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>())
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attr<float>("scale")
-                                  .Attr<int32_t>("span")
-                                  .Attr<int64_t>("span_size"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeAttendLatent, AttendLatent,
                               Arguments<8>(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>())
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<float>("scale")
                                   .Attr<int32_t>("span")
                                   .Attr<int64_t>("span_size"));
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeAttendLatent, AttendLatent,
+                              Arguments<9>(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>())
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<float>("scale")
+                                  .Attr<int32_t>("span")
+                                  .Attr<int64_t>("span_size"));
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeWrite, Write,
-                              Arguments<4>(ffi::Ffi::Bind())
+                              Arguments<5>(ffi::Ffi::Bind())
                                   .RemainingArgs()
                                   .RemainingRets());
 

@@ -122,14 +122,18 @@ def _target(name: str) -> str:
 
 
 def linear(
-    x: Float[Array, "*rows K"], stacks: Sequence[Float[Array, "_L K *_N"]], layer: int | Int[Array, ""]
+    x: Float[Array, "*rows K"],
+    stacks: Sequence[Float[Array, "_L K *_N"]],
+    layer: int | Int[Array, ""],
+    in_use: Int[Array, ""] | None = None,
 ) -> list[Array]:
     """See `ops.linear.linear`: x meets the layer's matrix of each stack."""
     check_available()
     leading = x.shape[:-1]
     flat = x.reshape(-1, x.shape[-1])
     shapes = [jax.ShapeDtypeStruct((flat.shape[0], *stack.shape[2:]), x.dtype) for stack in stacks]
-    outs = jax.ffi.ffi_call(_target("Linear"), shapes)(flat, jnp.asarray(layer, jnp.int32), *stacks)
+    rows = jnp.int32(flat.shape[0]) if in_use is None else in_use
+    outs = jax.ffi.ffi_call(_target("Linear"), shapes)(flat, jnp.asarray(layer, jnp.int32), rows, *stacks)
     return [out.reshape(*leading, *out.shape[1:]) for out in outs]
 
 
@@ -186,14 +190,16 @@ def attend(
     keys: Float[Array, "L P page *_keys"],
     values: Float[Array, "L P page *_values"],
     layer: int | Int[Array, ""],
-    table: Int[Array, "B pages"],
-    first: Int[Array, "B"],
+    table: Int[Array, "S pages"],
+    first: Int[Array, "S"],
+    begins: Int[Array, "S_and_one"] | None,
     scale: float,
     span: Span,
     value_dim: int,
 ) -> Float[Array, "B T H dv"]:
     """See `ops.paged_attention.attend`."""
-    arrays = (positions, table, first, jnp.asarray(layer, jnp.int32), keys, values)
+    begins = _begins(positions, begins)
+    arrays = (positions, begins, table, first, jnp.asarray(layer, jnp.int32), keys, values)
     return _attention("Attend", query, arrays, scale, span, value_dim)
 
 
@@ -202,8 +208,9 @@ def attend_latent(
     positions: Int[Array, "B T"],
     entries: Float[Array, "L P page w"],
     cached: int | Int[Array, ""],
-    table: Int[Array, "B pages"],
-    first: Int[Array, "B"],
+    table: Int[Array, "S pages"],
+    first: Int[Array, "S"],
+    begins: Int[Array, "S_and_one"] | None,
     key_value: Float[Array, "_L r H m"],
     layer: int | Int[Array, ""],
     scale: float,
@@ -212,7 +219,7 @@ def attend_latent(
 ) -> Float[Array, "B T H dv"]:
     """See `ops.paged_attention.attend_latent`."""
     cached, layer = (jnp.asarray(index, jnp.int32) for index in (cached, layer))
-    arrays = (positions, table, first, cached, entries, layer, key_value)
+    arrays = (positions, _begins(positions, begins), table, first, cached, entries, layer, key_value)
     return _attention("AttendLatent", query, arrays, scale, span, value_dim)
 
 
@@ -230,16 +237,26 @@ def write(
     new: tuple[Array, ...],
     positions: Int[Array, "B T"],
     layer: int | Int[Array, ""],
-    table: Int[Array, "B pages"],
-    first: Int[Array, "B"],
+    table: Int[Array, "S pages"],
+    first: Int[Array, "S"],
+    begins: Int[Array, "S_and_one"] | None,
 ) -> tuple[Array, ...]:
     """See `ops.paged_attention.write`: of several arrays at once, in place."""
     check_available()
     shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in pages]
-    aliases = {4 + index: index for index in range(len(shapes))}
+    aliases = {5 + index: index for index in range(len(shapes))}
     call = jax.ffi.ffi_call(_target("Write"), shapes, input_output_aliases=aliases)
     cast = [array.astype(old.dtype) for array, old in zip(new, pages, strict=True)]
-    return tuple(call(positions, table, first, jnp.asarray(layer, jnp.int32), *pages, *cast))
+    begins = _begins(positions, begins)
+    return tuple(call(positions, begins, table, first, jnp.asarray(layer, jnp.int32), *pages, *cast))
+
+
+def _begins(positions: Int[Array, "B T"], begins: Int[Array, "S_and_one"] | None) -> Int[Array, "S_and_one"]:
+    """Where each sequence's tokens begin among all, and the last one's end; without that, a row is a sequence."""
+    if begins is not None:
+        return begins
+    batch, tokens = positions.shape
+    return jnp.arange(batch + 1, dtype=jnp.int32) * tokens
 
 
 def greedy(logits: Float[Array, "B V"]) -> tuple[Int[Array, "B"], Float[Array, "B"]]:

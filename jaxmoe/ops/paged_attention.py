@@ -4,8 +4,12 @@ A block table names, for each sequence, the pages that hold its context in order
 multiple of the page size: token p of a sequence lies in page table[(p - first) // page_size], place p % page_size. A
 table's unused tail may hold any page: what lies there is at positions that no query has reached.
 
+A batch is a row for each sequence, or all tokens of all sequences in one row (`Pieces`), so that many short and few
+long pieces of sequences go together without padding.
+
 `implementation`: "xla" gathers the whole context that a table has room for; "native" (`ops/native.py`, on a CPU) reads
-the pages in use, where they lie.
+the pages in use, where they lie. With all tokens in one row "xla" gathers the context of each token, which only serves
+as a reference.
 """
 
 from typing import NamedTuple
@@ -19,12 +23,27 @@ from jaxmoe.ops.linear import Kernels, linear
 from jaxmoe.spans import Span
 
 
+class Pieces(NamedTuple):
+    """Of a batch whose tokens lie in one row: where those of each sequence begin in it, and where the last one's end.
+
+    decodes: how many sequences decode. They come first, with one token each.
+    """
+
+    begins: Int[Array, "*R S_and_one"]
+    decodes: Int[Array, "*R"]
+
+
 class Where(NamedTuple):
-    """The layer of the cache, and where each sequence of a batch lies in it."""
+    """The layer of the cache, and where each of a batch's S sequences lies in it."""
 
     layer: int | Int[Array, ""]
-    table: Int[Array, "B pages"]
-    first: Int[Array, "B"]
+    table: Int[Array, "S pages"]
+    first: Int[Array, "S"]
+    pieces: Pieces | None = None
+
+    @property
+    def begins(self) -> Int[Array, "S_and_one"] | None:
+        return None if self.pieces is None else self.pieces.begins
 
 
 def side_by_side(first: Int[Array, "B"]) -> Where:
@@ -45,8 +64,11 @@ def write(
     """
     new = tuple(_filled(vectors, array.shape[-1]) for vectors, array in zip(new, pages, strict=True))
     if implementation == "native":
-        return native.write(pages, new, positions, *where)
-    layer, table, first = where
+        return native.write(pages, new, positions, *where[:3], where.begins)
+    if where.pieces is not None:
+        by_token, rows = _by_token(where, positions.shape[1]), (vectors.swapaxes(0, 1) for vectors in new)
+        return write(pages, tuple(rows), positions.swapaxes(0, 1), by_token)
+    layer, table, first, _ = where
     page_size = pages[0].shape[2]
     page = jnp.take_along_axis(table, jnp.maximum(positions - first[:, None], 0) // page_size, axis=1)
 
@@ -58,14 +80,22 @@ def write(
     return tuple(map(written, pages, new))
 
 
-def read(pages: Float[Array, "L P page *vector"], where: Where) -> Float[Array, "B Tk *vector"]:
+def _by_token(where: Where, tokens: int) -> Where:
+    """As if every token of the one row were a sequence."""
+    assert where.pieces is not None
+    of_token = jnp.sum(jnp.arange(tokens)[:, None] >= where.pieces.begins[1:], axis=1)
+    table, first = (each.at[of_token].get(mode="clip") for each in (where.table, where.first))
+    return Where(where.layer, table, first)
+
+
+def read(pages: Float[Array, "L P page *vector"], where: Where) -> Float[Array, "S Tk *vector"]:
     """The whole context that the table names, in order of position."""
     gathered = pages[where.layer, where.table]
     batch, count, page_size, *vector = gathered.shape
     return gathered.reshape(batch, count * page_size, *vector)
 
 
-def positions_of(where: Where, page_size: int) -> Int[Array, "B Tk"]:
+def positions_of(where: Where, page_size: int) -> Int[Array, "S Tk"]:
     """The position of every token that `read` returns."""
     return where.first[:, None] + jnp.arange(where.table.shape[1] * page_size)
 
@@ -88,7 +118,11 @@ def attend(
     """
     query = _filled(query, pages[0].shape[-1])
     if implementation == "native":
-        return native.attend(query, positions, pages[0], pages[-1], *where, scale, span, value_dim)
+        return native.attend(query, positions, pages[0], pages[-1], *where[:3], where.begins, scale, span, value_dim)
+    if where.pieces is not None:
+        by_token = _by_token(where, positions.shape[1])
+        out = attend(query.swapaxes(0, 1), positions.swapaxes(0, 1), pages, by_token, scale, span, value_dim)
+        return out.swapaxes(0, 1)
     held = [read(array, where).astype(query.dtype) for array in pages]
     held = [array if array.ndim == 4 else array[:, :, None] for array in held]
     mask = causal_mask(positions, positions_of(where, pages[0].shape[2]), span)
@@ -113,7 +147,12 @@ def attend_latent(
     which "native" knows nothing; a query is its part that meets made keys [m - dv], then its rotated part.
     """
     if implementation == "native":
-        return native.attend_latent(query, positions, entries, *where, key_value, layer, scale, span, value_dim)
+        return native.attend_latent(
+            query, positions, entries, *where[:3], where.begins, key_value, layer, scale, span, value_dim
+        )
+    if where.pieces is not None:
+        by_token, turned = _by_token(where, positions.shape[1]), (query.swapaxes(0, 1), positions.swapaxes(0, 1))
+        return attend_latent(*turned, entries, by_token, key_value, layer, scale, span, value_dim).swapaxes(0, 1)
     held = read(entries, where).astype(query.dtype)
     rank, made_dim = key_value.shape[1], key_value.shape[3] - value_dim
     rope_dim = query.shape[-1] - made_dim

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxmoe.engine.batch import Buckets, Packing, StepShape
+from jaxmoe.engine.batch import Grid, Packing, StepShape
 from jaxmoe.engine.config import EngineConfig
 from jaxmoe.errors import ConfigError
 from jaxmoe.models.config import ModelConfig, rules_for, split_sizes
@@ -101,7 +101,7 @@ class Deployment:
     @functools.cached_property
     def shapes(self) -> tuple[StepShape, ...]:
         """Of every program that a server compiles."""
-        return tuple(Buckets(self.limits, self.context, self.packing))
+        return tuple(Grid(self.limits, self.context, self.packing))
 
     @property
     def decode(self) -> StepShape:

@@ -4,11 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxmoe.engine.batch import GATHERED, READ_IN_USE, Buckets, Packing, StepShape
+from jaxmoe.engine.batch import Grid, OneRow, Packing, StepShape, buckets
 from jaxmoe.engine.config import EngineConfig
 from jaxmoe.engine.pages import PageGroup
 from jaxmoe.engine.request import Request, SamplingParams
-from jaxmoe.engine.scheduler import Chunk, Scheduler
+from jaxmoe.engine.scheduler import Chunk, Scheduler, StepPlan
 from jaxmoe.spans import FULL, Span
 
 CONFIG = EngineConfig(page_size=4, max_batch=4, max_prefill_tokens=16, max_prefill_sequences=2)
@@ -66,19 +66,17 @@ def test_tables_are_as_wide_as_the_context_or_as_what_the_span_reaches():
     assert packing.widths(StepShape(1, 1, 2)) == (2, 2, 2)
 
 
-@pytest.mark.parametrize("economy", [GATHERED, READ_IN_USE], ids=["gathered", "read in use"])
+@pytest.mark.parametrize("kernels", ["xla", "native"])
 @pytest.mark.parametrize("spans", [(FULL,), (WINDOW,), (Span("window", 400),), (CHUNK, WINDOW), (CHUNK, FULL)], ids=str)
-def test_every_step_fits_a_bucket_and_no_two_buckets_are_the_same_program(spans, economy):
+def test_every_step_fits_a_bucket_and_no_two_buckets_are_the_same_program(spans, kernels):
     packing = Packing(spans, 4)
-    buckets = Buckets(CONFIG, 1000, packing, economy)
-    shapes = list(buckets)
+    of_kernels = buckets(CONFIG, 1000, packing, kernels)
+    shapes = list(of_kernels)
     programs = {(shape.batch, shape.tokens, packing.widths(shape)) for shape in shapes}
     assert len(programs) == len(shapes)
     for lengths, steps in [((3, 5), 0), ((60, 3, 900), 0), ((60, 3, 7), 5), ((900, 3), 30), ((900, 3, 4), 100)]:
         plan = running(spans, lengths, steps)
-        calls = buckets.prefills(plan.prefills) if any(plan.prefills) else []
-        if any(plan.decodes):
-            calls.append((buckets.decode_shape(plan.decodes), plan.decodes))
+        calls = of_kernels.calls(plan)
         assert calls
         for shape, ranks in calls:
             assert shape in shapes
@@ -89,33 +87,50 @@ def test_every_step_fits_a_bucket_and_no_two_buckets_are_the_same_program(spans,
         )
 
 
-def test_chunks_share_a_call_where_attention_reads_pages_in_use():
+def test_prefills_of_about_one_length_share_a_call_where_each_has_a_row():
     config = dataclasses.replace(CONFIG, max_prefill_tokens=256, max_prefill_sequences=8, max_batch=8)
 
-    def shapes(lengths, economy):
-        chunks = [Chunk(None, 0, length, False) for length in lengths]
-        calls = Buckets(config, 1000, Packing((FULL,), 4), economy).prefills([chunks])
-        assert [len(ranks[0]) for _, ranks in calls] == [min(len(lengths), shape.batch) for shape, _ in calls][
-            : len(calls)
-        ]
+    def shapes(lengths):
+        chunks = tuple(Chunk(None, 0, length, False) for length in lengths)
+        calls = Grid(config, 1000, Packing((FULL,), 4)).calls(StepPlan((chunks,), ((),)))
         return [(shape.batch, shape.tokens) for shape, _ in calls]
 
-    assert shapes([128, 120], READ_IN_USE) == [(2, 128)]
-    assert shapes([60, 50, 40, 33], READ_IN_USE) == [(4, 64)]
-    assert shapes([20] * 8, READ_IN_USE) == [(8, 32)]
-    assert shapes([50], READ_IN_USE) == shapes([50], GATHERED) == [(1, 64)]
-    assert shapes([128, 120], GATHERED) == [(1, 256), (1, 256)]
-    assert shapes([20] * 8, GATHERED) == [(8, 32)]
+    assert shapes([50]) == [(1, 64)]
+    assert shapes([128, 120]) == [(1, 256), (1, 256)]
+    assert shapes([20] * 8) == [(8, 32)]
+
+
+def test_decodes_and_pieces_of_prompts_go_in_one_row():
+    config = dataclasses.replace(CONFIG, max_prefill_tokens=256, max_batch=8)
+    packing = Packing((FULL,), 4)
+    rows = OneRow(config, 1000, packing)
+    plan = running((FULL,), (3, 2, 60), 2)
+    assert [chunk.length for chunk in plan.chunks] == [16, 1, 1]
+    ((shape, ranks),) = rows.calls(plan)
+    assert (shape.batch, shape.tokens) == (8, 32)
+    assert [chunk.length for chunk in ranks[0]] == [1, 1, 16]
+    (row,) = packing.pack(shape, ranks)
+    batch = jax.tree.map(np.asarray, packing.unpack(jax.numpy.asarray(row), shape))
+    assert batch.pieces.begins.tolist() == [0, 1, 2, *[18] * 6]
+    assert batch.pieces.decodes == 2
+    assert batch.ends.tolist()[:3] == [0, 1, 17]
+    assert batch.sequences_in_use == 3
+    expected = [position for chunk in ranks[0] for position in range(chunk.start, chunk.start + chunk.length)]
+    assert batch.positions.tolist() == [expected + [-1] * 14]
+    together = [token for chunk in ranks[0] for token in chunk.sequence.tokens[chunk.start :][: chunk.length]]
+    assert batch.tokens[0, :18].tolist() == together
+    assert rows.calls(StepPlan(((),), ((),))) == []
 
 
 def test_windows_alone_make_all_long_contexts_one_bucket():
-    decodes = {shape.pages for shape in Buckets(CONFIG, 1000, Packing((WINDOW,), 4)) if shape.tokens == 1}
+    decodes = {shape.pages for shape in Grid(CONFIG, 1000, Packing((WINDOW,), 4)) if shape.tokens == 1}
     assert decodes == {3}
-    decodes = {shape.pages for shape in Buckets(CONFIG, 1000, Packing((WINDOW, FULL), 4)) if shape.tokens == 1}
+    decodes = {shape.pages for shape in Grid(CONFIG, 1000, Packing((WINDOW, FULL), 4)) if shape.tokens == 1}
     assert decodes == {64, 250}
 
 
 def test_one_shape_serves_many_ranks():
     (chunks,) = running((FULL,), (5, 6), 1).decodes
-    buckets = Buckets(dataclasses.replace(CONFIG, max_batch=2), 1000, Packing((FULL,), 4))
-    assert buckets.decode_shape([(), chunks, chunks[:1]]) == StepShape(2, 1, 64)
+    grid = Grid(dataclasses.replace(CONFIG, max_batch=2), 1000, Packing((FULL,), 4))
+    ((shape, _),) = grid.calls(StepPlan(((),) * 3, ((), chunks, chunks[:1])))
+    assert shape == StepShape(2, 1, 64)

@@ -107,7 +107,7 @@ def test_what_is_found_in_the_cache_gives_what_computing_it_gives(checkpoint, pr
     found, computed = outputs(engine), outputs(Engine(model, dataclasses.replace(config, prefix_cache=False)))
     assert engine.stats().hit_tokens >= 40 + 24 + 32 + 40
     if kernels == "native":
-        # A step that decodes attends to latents where a longer one makes keys of them, and rounds otherwise.
+        # A token that decodes attends to latents where pieces of prompts make keys of them, and rounds otherwise.
         exact = -1 if model.config.model_type == "deepseek_v3" else None
         assert found[:exact] == computed[:exact]
     for one, two in zip(found, computed, strict=True):

