@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import secrets
 from collections.abc import Generator, Sequence
+from typing import NamedTuple
 
 from jaxmoe.engine.config import EngineConfig
 from jaxmoe.engine.model import Model, Progress, no_progress
@@ -11,7 +12,35 @@ from jaxmoe.engine.pages import PageGroup
 from jaxmoe.engine.programs import Program
 from jaxmoe.engine.request import Output, Request, SamplingParams
 from jaxmoe.engine.runner import Runner
-from jaxmoe.engine.scheduler import RankLoad, Scheduler
+from jaxmoe.engine.scheduler import RankLoad, Scheduler, StepPlan
+
+
+class StepReport(NamedTuple):
+    """What a step did.
+
+    started: requests of which it computed the first tokens.
+    prefill_tokens: of prompts, and of what preempted sequences have recomputed. sequences: that it computed tokens of.
+    device_seconds: how long it launched programs and waited for what they sampled; the rest of its time is the host's.
+    """
+
+    started: tuple[str, ...] = ()
+    prefill_tokens: int = 0
+    sequences: int = 0
+    device_seconds: float = 0.0
+
+
+class Counters(NamedTuple):
+    """What has happened since the engine was made.
+
+    preemptions: how often a sequence gave up its pages to an older one and was computed anew.
+    programs, compile_seconds: compiled programs, and the wall time that each took, summed up.
+    late_compiles: those of them that warm-up did not foresee.
+    """
+
+    preemptions: int
+    programs: int
+    compile_seconds: float
+    late_compiles: int
 
 
 class Engine:
@@ -38,6 +67,8 @@ class Engine:
             vocab_size=model.config.vocab_size,
         )
         self._names = itertools.count()
+        self._unstarted: set[str] = set()
+        self.last_step = StepReport()
 
     @property
     def max_context(self) -> int:
@@ -91,24 +122,45 @@ class Engine:
                 request, params=dataclasses.replace(request.params, seed=secrets.randbits(32))
             )
         self._scheduler.submit(request)
+        self._unstarted.add(request.id)
 
     def cancel(self, request_id: str) -> bool:
         """Ends a request and frees its pages; its last Output says "abort". False when no such request is live."""
+        self._unstarted.discard(request_id)
         return self._scheduler.cancel(request_id)
 
     def step(self) -> list[Output]:
-        """One step over everything that is live; [] when there is nothing to do."""
+        """One step over everything that is live; [] when there is nothing to do. `last_step` then tells what it did."""
         plan = self._scheduler.schedule()
         sampled = {} if plan.empty else self._runner.run(plan)
+        self.last_step = self._report(plan)
         return self._scheduler.complete(plan, sampled)
 
     def loads(self) -> list[RankLoad]:
         """What each attention rank carries."""
         return self._scheduler.loads()
 
+    def counters(self) -> Counters:
+        programs = self.programs
+        seconds = sum(program.seconds for program in programs)
+        return Counters(self.num_preemptions, len(programs), seconds, self.late_compiles)
+
     def check_integrity(self) -> None:
         """Raises AssertionError if a page or a request is not where it should be."""
         self._scheduler.check_integrity()
+
+    def _report(self, plan: StepPlan) -> StepReport:
+        prefills = [chunk for rank in plan.prefills for chunk in rank]
+        # With its prompt in the prefix cache, a request may start with a decode.
+        begun = (chunk.sequence.request.id for chunk in plan.chunks) if self._unstarted else ()
+        started = tuple(name for name in begun if name in self._unstarted)
+        self._unstarted.difference_update(started)
+        return StepReport(
+            started,
+            sum(chunk.length for chunk in prefills),
+            len(prefills) + sum(map(len, plan.decodes)),
+            0.0 if plan.empty else self._runner.device_seconds,
+        )
 
     def generate(
         self,

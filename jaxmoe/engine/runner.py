@@ -4,6 +4,7 @@ import bisect
 import math
 import operator
 import os
+import time
 
 import jax
 import numpy as np
@@ -21,7 +22,10 @@ from jaxmoe.spans import FULL
 
 
 class Runner:
-    """Owns the KV cache and the compiled steps of one model."""
+    """Owns the KV cache and the compiled steps of one model.
+
+    device_seconds: how long the last `run` launched programs and waited for what they sampled.
+    """
 
     def __init__(self, model: Model, config: EngineConfig, progress: Progress = no_progress) -> None:
         self.model = model
@@ -39,6 +43,7 @@ class Runner:
         economy = READ_IN_USE if model.execution.kernels == "native" else GATHERED
         self._buckets = Buckets(config, self.max_context, self._packing, economy)
         self.executables = Executables(model, self._cache, self._packing)
+        self.device_seconds = 0.0
         if config.warm_up:
             self.executables.warm_up(self._buckets, progress)
 
@@ -65,12 +70,18 @@ class Runner:
         if any(plan.decodes):
             calls.append((self._buckets.decode_shape(plan.decodes), plan.decodes))
         launched: list[tuple[Ranks, jax.Array]] = []
+        self.device_seconds = 0.0
         for shape, ranks in calls:
-            self._cache, out = self.executables(shape, self._cache, self._packing.pack(shape, ranks))
+            packed = self._packing.pack(shape, ranks)
+            began = time.monotonic()
+            self._cache, out = self.executables(shape, self._cache, packed)
+            self.device_seconds += time.monotonic() - began
             launched.append((ranks, out))
         sampled: dict[str, tuple[int, float]] = {}
         for ranks, out in launched:
+            began = time.monotonic()
             words = np.asarray(out)
+            self.device_seconds += time.monotonic() - began
             logprobs = words[..., 1].view(np.float32)
             for rank, chunks in enumerate(ranks):
                 for row, chunk in enumerate(chunks):

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
@@ -17,11 +18,16 @@ from jaxmoe.serving.link import (
     Outputs,
     RankLoad,
     Rejected,
+    Report,
     Serving,
+    Step,
     Submit,
+    Totals,
 )
 
 logger = logging.getLogger(__name__)
+
+_REPORT_INTERVAL = 1.0
 
 
 class EngineRankLoad(Protocol):
@@ -35,15 +41,40 @@ class EngineRankLoad(Protocol):
     def total_pages(self) -> int: ...
 
 
+class EngineStep(Protocol):
+    @property
+    def started(self) -> tuple[str, ...]: ...
+    @property
+    def prefill_tokens(self) -> int: ...
+    @property
+    def sequences(self) -> int: ...
+    @property
+    def device_seconds(self) -> float: ...
+
+
+class EngineCounters(Protocol):
+    @property
+    def preemptions(self) -> int: ...
+    @property
+    def programs(self) -> int: ...
+    @property
+    def compile_seconds(self) -> float: ...
+    @property
+    def late_compiles(self) -> int: ...
+
+
 class EngineLike(Protocol):
     """What serving asks of an engine; `jaxmoe.engine.engine.Engine` is one."""
 
     @property
     def has_work(self) -> bool: ...
+    @property
+    def last_step(self) -> EngineStep: ...
     def submit(self, request: Request) -> None: ...
     def cancel(self, request_id: str) -> bool: ...
     def step(self) -> list[Output]: ...
     def loads(self) -> Iterable[EngineRankLoad]: ...
+    def counters(self) -> EngineCounters: ...
 
 
 def serve_engine(engine: EngineLike, link: EngineLink, *, on_serving: Callable[[], object] = lambda: None) -> None:
@@ -54,7 +85,9 @@ def serve_engine(engine: EngineLike, link: EngineLink, *, on_serving: Callable[[
     A request the engine refuses is told so and disturbs nothing else. If the engine fails in any other way, the front
     end is told that it is lost, and the exception is raised.
     """
+    reported = 0.0
     try:
+        link.send(_report(engine))
         while True:
             for frame in link.receive(block=not engine.has_work):
                 match frame:
@@ -69,7 +102,11 @@ def serve_engine(engine: EngineLike, link: EngineLink, *, on_serving: Callable[[
                     case Serving():
                         on_serving()
             if engine.has_work:
-                link.send(Outputs(engine.step()))
+                began = time.monotonic()
+                link.send(Outputs(engine.step(), _step(engine, began)))
+                if began - reported > _REPORT_INTERVAL or not engine.has_work:
+                    reported = began
+                    link.send(_report(engine))
     except LinkClosed as closed:
         logger.debug("the engine stops: %s", closed)
     except Exception as error:
@@ -98,5 +135,17 @@ def _submit(engine: EngineLike, request: Request) -> Rejected | None:
     return None
 
 
+def _step(engine: EngineLike, began: float) -> Step:
+    did = engine.last_step
+    seconds = time.monotonic() - began
+    return Step(began, seconds, did.device_seconds, did.started, did.prefill_tokens, did.sequences)
+
+
 def _loads(engine: EngineLike) -> Loads:
     return Loads([RankLoad(rank.running, rank.waiting, rank.used_pages, rank.total_pages) for rank in engine.loads()])
+
+
+def _report(engine: EngineLike) -> Report:
+    now = engine.counters()
+    totals = Totals(now.preemptions, now.programs, now.compile_seconds, now.late_compiles)
+    return Report(_loads(engine).ranks, totals)

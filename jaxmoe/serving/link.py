@@ -63,6 +63,15 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
     step_timeout: float
     max_backlog: int
     log_level: int
+    log_format: Literal["text", "json"] = "text"
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int | None = None
+    otlp_endpoint: str | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    tls_client_ca: str | None = None
+    auth_token_file: str | None = None
+    max_client_requests: int = 0
 
 
 class RankLoad(msgspec.Struct, frozen=True, array_like=True):
@@ -72,6 +81,31 @@ class RankLoad(msgspec.Struct, frozen=True, array_like=True):
     waiting: int
     used_pages: int
     total_pages: int
+
+
+class Step(msgspec.Struct, frozen=True, array_like=True):
+    """What one step of the engine did and cost.
+
+    began: by the monotonic clock, which all processes of a machine share. seconds: that it took, and of these
+        device_seconds: launching programs and waiting for them.
+    started, prefill_tokens, sequences: see `jaxmoe.engine.engine.StepReport`.
+    """
+
+    began: float
+    seconds: float
+    device_seconds: float
+    started: tuple[str, ...]
+    prefill_tokens: int
+    sequences: int
+
+
+class Totals(msgspec.Struct, frozen=True, array_like=True):
+    """What has happened since the engine was made; see `jaxmoe.engine.engine.Counters`."""
+
+    preemptions: int = 0
+    programs: int = 0
+    compile_seconds: float = 0.0
+    late_compiles: int = 0
 
 
 class Frame(msgspec.Struct, array_like=True, tag=True):
@@ -91,9 +125,10 @@ class AskLoads(Frame):
 
 
 class Bound(Frame):
-    """The front end listens at this `host:port`."""
+    """The front end listens at this `host:port`; metrics: where these are read, if they are served."""
 
     address: str
+    metrics: str = ""
 
 
 class BindFailed(Frame):
@@ -118,6 +153,7 @@ class Outputs(Frame):
     """What one step brought. Sent even when empty: it shows that the engine still steps."""
 
     outputs: list[Output]
+    step: Step | None = None
 
 
 class Rejected(Frame):
@@ -133,6 +169,13 @@ class Loads(Frame):
     ranks: list[RankLoad]
 
 
+class Report(Frame):
+    """How the engine fares; sent unasked, about once a second while it works, and when its work is done."""
+
+    ranks: list[RankLoad]
+    totals: Totals
+
+
 class Fatal(Frame):
     """The engine will not step again."""
 
@@ -140,7 +183,7 @@ class Fatal(Frame):
 
 
 ToEngine: TypeAlias = Submit | Cancel | AskLoads | Bound | BindFailed | Serving
-ToFrontend: TypeAlias = Progress | Ready | Outputs | Rejected | Loads | Fatal
+ToFrontend: TypeAlias = Progress | Ready | Outputs | Rejected | Loads | Report | Fatal
 
 _F = TypeVar("_F")
 _encoder = msgspec.msgpack.Encoder()

@@ -9,8 +9,9 @@ import enum
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 from jaxmoe.engine.request import Output, Request, SamplingParams
 from jaxmoe.errors import (
@@ -32,10 +33,14 @@ from jaxmoe.serving.link import (
     RankLoad,
     Ready,
     Rejected,
+    Report,
     Serving,
+    Step,
     Submit,
     ToFrontend,
 )
+from jaxmoe.serving.logs import fields
+from jaxmoe.serving.metrics import Metrics, Timeline
 from jaxmoe.serving.tokenization import Detokenizer, StopStrings, Tokenizer, read_files
 
 logger = logging.getLogger(__name__)
@@ -57,6 +62,21 @@ class Phase(enum.Enum):
     STALLED = "stalled"
     DRAINING = "draining"
     ENDED = "ended"
+
+
+class Caller(NamedTuple):
+    """Who sent a request. key: what tells callers apart. trace: the headers by which it takes part in a trace."""
+
+    key: str = ""
+    trace: Mapping[str, str] = {}
+
+
+class SpanRecorder(Protocol):
+    """Records requests that have ended; `jaxmoe.serving.tracing.Tracer` is one."""
+
+    def span(
+        self, carrier: Mapping[str, str], timeline: Timeline, request_id: str, model: str, reason: str
+    ) -> str | None: ...
 
 
 class Finish(NamedTuple):
@@ -94,6 +114,7 @@ class Stream:
     ) -> None:
         self.request_id = request_id
         self.key = key  # its name at the engine
+        self.timeline = Timeline(time.monotonic())
         self._stops = StopStrings(stop)
         self._detokenizer = detokenizer if stop else None
         self._max_backlog = max_backlog
@@ -102,6 +123,13 @@ class Stream:
         self._finish: Finish | None = None
         self._error: Exception | None = None
         self._news = asyncio.Event()
+
+    @property
+    def reason(self) -> str:
+        """Why it ended: one of `metrics.REASONS`; "abort" if its reader left before."""
+        if self._error is not None:
+            return "error"
+        return self._finish.reason if self._finish is not None else "abort"
 
     @property
     def ended(self) -> bool:
@@ -156,9 +184,16 @@ class RemoteEngine:
     max_backlog: tokens that may wait for the reader of one stream.
     step_timeout: seconds without word from an engine that has work, after which its requests fail and it counts as
         stalled until it is heard of again.
+    max_client_requests: that one caller may have open at once; 0 for no limit.
     """
 
-    def __init__(self, *, step_timeout: float, max_backlog: int) -> None:
+    def __init__(
+        self,
+        *,
+        step_timeout: float,
+        max_backlog: int,
+        max_client_requests: int = 0,
+    ) -> None:
         self.link = FrontendLink(self._receive, self._lost)
         self.phase = Phase.STARTING
         self.reason = "starting: the model is being loaded"
@@ -170,6 +205,11 @@ class RemoteEngine:
         self._info: ModelInfo | None = None
         self._step_timeout = step_timeout
         self._max_backlog = max_backlog
+        self._max_client_requests = max_client_requests
+        self.tracer: SpanRecorder | None = None
+        self.metrics = Metrics()
+        self.metrics.follow(lambda: (self.phase.value, self.phase is Phase.SERVING), self.unplaced)
+        self._by_caller: Counter[str] = Counter()
         self._open: dict[str, Stream] = {}  # by the client's id
         self._live: dict[str, Stream] = {}  # by key; the engine works on them
         self._keys = itertools.count()
@@ -194,13 +234,24 @@ class RemoteEngine:
     def num_live(self) -> int:
         return len(self._live)
 
+    def unplaced(self, ranks: Sequence[RankLoad]) -> int:
+        """Requests that wait for whichever rank has a place first."""
+        return max(0, len(self._live) - sum(rank.running + rank.waiting for rank in ranks))
+
     @contextlib.contextmanager
     def open(
-        self, request_id: str, *, streams: bool, stop: Sequence[str] = (), detokenizer: Detokenizer | None = None
+        self,
+        request_id: str,
+        *,
+        streams: bool,
+        stop: Sequence[str] = (),
+        detokenizer: Detokenizer | None = None,
+        caller: Caller = Caller(),  # noqa: B008 - immutable
     ) -> Iterator[Stream]:
         """A stream for a request to come, whose id is taken until the end of the block; by then the engine has left it.
 
-        Raises UnavailableError, DuplicateRequestError, and QueueFullError if the engine is sure to refuse it.
+        Raises UnavailableError, DuplicateRequestError, and QueueFullError if the engine is sure to refuse it or its
+        caller has as many open as it may.
         """
         if self.phase is not Phase.SERVING:
             raise UnavailableError(self.reason)
@@ -210,15 +261,25 @@ class RemoteEngine:
             )
         if self.info.max_running and len(self._live) >= self.info.max_running + self.info.max_queue:
             raise QueueFullError(f"{self.info.max_queue} requests wait already (max_queue); try again later")
+        if 0 < self._max_client_requests <= self._by_caller[caller.key]:
+            raise QueueFullError(
+                f"{self._max_client_requests} requests of this client are open already (max_client_requests); "
+                "try again when one has ended"
+            )
         max_backlog = self._max_backlog if streams else None
         stream = Stream(request_id, str(next(self._keys)), stop=stop, detokenizer=detokenizer, max_backlog=max_backlog)
         self._open[request_id] = stream
+        self._by_caller[caller.key] += 1
         self._idle.clear()
         try:
             yield stream
         finally:
             self._withdraw([stream])
             del self._open[request_id]
+            self._by_caller[caller.key] -= 1
+            if not self._by_caller[caller.key]:
+                del self._by_caller[caller.key]
+            self._record(stream, caller)
             if not self._open:
                 self._idle.set()
 
@@ -228,6 +289,7 @@ class RemoteEngine:
             return
         if not self._live:
             self._last_word = time.monotonic()
+        stream.timeline.prompt_tokens, stream.timeline.max_tokens = len(prompt), params.max_tokens
         self._live[stream.key] = stream
         self.link.send(Submit(Request(stream.key, tuple(prompt), params, rank)))
 
@@ -271,6 +333,7 @@ class RemoteEngine:
         while True:
             await asyncio.sleep(self._step_timeout / 8)
             if self._live and time.monotonic() - self._last_word > self._step_timeout:
+                self.metrics.stalled()
                 reason = f"the engine has not finished a step in {self._step_timeout:g} s"
                 logger.error("%s; its %d requests fail", reason, len(self._live))
                 if self.phase is Phase.SERVING:
@@ -282,8 +345,10 @@ class RemoteEngine:
         if self.phase is Phase.STALLED:
             self._turn(Phase.SERVING, "serving")
         match frame:
-            case Outputs(outputs):
-                self._deliver(outputs)
+            case Outputs(outputs, step):
+                self._deliver(outputs, step)
+            case Report():
+                self.metrics.report(frame)
             case Rejected(key, kind, message, field):
                 if stream := self._live.pop(key, None):
                     stream.fail(_rejection(kind, message, field))
@@ -299,13 +364,21 @@ class RemoteEngine:
                 self._turn(Phase.ENDED, message)
                 self._fail_all(EngineFailedError(message))
 
-    def _deliver(self, outputs: Iterable[Output]) -> None:
-        stopped = []
+    def _deliver(self, outputs: Sequence[Output], step: Step | None) -> None:
+        if step is not None:
+            self.metrics.step(step, sum(len(output.token_ids) for output in outputs))
+            for key in step.started:
+                if stream := self._live.get(key):
+                    stream.timeline.started = step.began
+        stopped, now = [], self._last_word
         for output in outputs:
             stream = self._live.get(output.request_id)
             if stream is None:  # withdrawn; the engine did not know yet
                 continue
             stream.push(output)
+            self.metrics.tokens(stream.timeline, len(output.token_ids), now)
+            if stream.ended:
+                stream.timeline.ended = now
             if output.finish_reason is not None:
                 del self._live[output.request_id]
             elif stream.ended:
@@ -318,6 +391,28 @@ class RemoteEngine:
         if keys:
             self.link.send(Cancel(keys))
 
+    def _record(self, stream: Stream, caller: Caller) -> None:
+        """Tells metrics, traces and the log that a request has ended."""
+        timeline, reason, trace = stream.timeline, stream.reason, None
+        if timeline.ended is None:
+            timeline.ended = time.monotonic()
+        self.metrics.ended(timeline, reason)
+        if self.tracer is not None and self._info is not None:
+            name = self._info.served_model_name
+            trace = self.tracer.span(caller.trace, timeline, stream.request_id, name, reason)
+        if logger.isEnabledFor(logging.INFO):
+            first = None if timeline.first is None else round(timeline.first - timeline.arrived, 6)
+            told = fields(
+                request_id=stream.request_id,
+                trace_id=trace,
+                finish_reason=reason,
+                prompt_tokens=timeline.prompt_tokens,
+                completion_tokens=timeline.tokens,
+                time_to_first_token=first,
+                seconds=round(timeline.ended - timeline.arrived, 6),
+            )
+            logger.info("request ended", extra=told)
+
     async def _begin(self, info: ModelInfo) -> None:
         try:
             self.tokenizer_files = await asyncio.to_thread(read_files, info.model_path)
@@ -326,6 +421,7 @@ class RemoteEngine:
             self.tokenizer_problem = str(error)
             logger.warning("only token ids can be served, no text: %s", error)
         self._info = info
+        self.metrics.begin(info)
         if self.phase is Phase.STARTING:
             self._turn(Phase.SERVING, "serving")
             self.link.send(Serving())

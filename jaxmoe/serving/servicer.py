@@ -22,7 +22,18 @@ from smg_grpc_proto.generated.vllm_engine_pb2_grpc import VllmEngineServicer
 from jaxmoe.engine.request import SamplingParams
 from jaxmoe.errors import DuplicateRequestError, InvalidRequestError, QueueFullError, UnavailableError
 from jaxmoe.serving.link import ModelInfo
-from jaxmoe.serving.remote_engine import EngineFailedError, Finish, Phase, RemoteEngine, SlowReaderError, Stream
+from jaxmoe.serving.logs import fields
+from jaxmoe.serving.metrics import waiting_by_rank
+from jaxmoe.serving.remote_engine import (
+    Caller,
+    EngineFailedError,
+    Finish,
+    Phase,
+    RemoteEngine,
+    SlowReaderError,
+    Stream,
+)
+from jaxmoe.serving.security import caller_key
 from jaxmoe.serving.tokenization import Detokenizer, pack_files
 
 logger = logging.getLogger(__name__)
@@ -68,14 +79,17 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "json_object": (False,),
     "kv_transfer_params_json": ("", "{}"),
 }
+_TRACE_HEADERS = ("traceparent", "tracestate")
 _ENGINE_FIELDS = {"prompt": "input", "rank": "data_parallel_rank"}
 
 
 class Servicer(VllmEngineServicer):
     """All handlers run on one event loop, which never waits for the engine."""
 
-    def __init__(self, engine: RemoteEngine) -> None:
+    def __init__(self, engine: RemoteEngine, *, bearer: bool = False) -> None:
+        """bearer: callers have shown a token that is known."""
         self._engine = engine
+        self._bearer = bearer
         self._start = time.monotonic()
         self._last_receive = 0.0
         self._archive: bytes | None = None
@@ -87,6 +101,9 @@ class Servicer(VllmEngineServicer):
         except grpc.aio.AbortError:
             raise
         except Exception as error:
+            code = _STATUS.get(type(error), grpc.StatusCode.INTERNAL).name
+            self._engine.metrics.refused(code)
+            logger.info("request refused", extra=fields(request_id=request.request_id, code=code))
             await _abort(context, error)
 
     async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortResponse:
@@ -135,11 +152,9 @@ class Servicer(VllmEngineServicer):
         except (UnavailableError, EngineFailedError) as error:
             await _abort(context, error)
         info = self._engine.info
-        # Requests that wait for whichever rank has a place first are counted evenly over the ranks.
-        unplaced = max(0, self._engine.num_live - sum(rank.running + rank.waiting for rank in loads))
+        in_queue = waiting_by_rank(loads, self._engine.unplaced(loads))
         report = []
-        for n, rank in enumerate(loads):
-            waiting = rank.waiting + (unplaced + len(loads) - 1 - n) // len(loads)
+        for n, (rank, waiting) in enumerate(zip(loads, in_queue, strict=True)):
             report.append(
                 pb.SchedulerLoad(
                     dp_rank=n,
@@ -197,7 +212,10 @@ class Servicer(VllmEngineServicer):
         if stop and engine.tokenizer is not None:
             detokenizer = Detokenizer(engine.tokenizer, skip_special_tokens=asked.skip_special_tokens)
         request_id = request.request_id or str(uuid.uuid4())
-        with engine.open(request_id, streams=request.stream, stop=stop, detokenizer=detokenizer) as stream:
+        caller = Caller(caller_key(context, bearer=self._bearer), _trace_headers(context))
+        with engine.open(
+            request_id, streams=request.stream, stop=stop, detokenizer=detokenizer, caller=caller
+        ) as stream:
             prompt = await self._prompt(request, info)
             left = context.time_remaining()
             if left is not None and left <= 0:
@@ -259,6 +277,10 @@ class Servicer(VllmEngineServicer):
             return self._engine.info
         except UnavailableError as error:
             await _abort(context, error)
+
+
+def _trace_headers(context: grpc.aio.ServicerContext) -> dict[str, str]:
+    return {key: str(value) for key, value in context.invocation_metadata() or () if key in _TRACE_HEADERS}
 
 
 async def _send_stream(

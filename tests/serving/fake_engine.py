@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+from types import SimpleNamespace
 
 from jaxmoe.engine.request import Output
 from jaxmoe.errors import DuplicateRequestError, InvalidRequestError, QueueFullError
@@ -52,6 +53,7 @@ class FakeEngine:
         self._live = {}
         self._waiting = []
         self._aborted = []
+        self.last_step = None
 
     @property
     def has_work(self):
@@ -89,13 +91,19 @@ class FakeEngine:
             raise RuntimeError("secret detail of the crash")
         with self._news:
             outputs, self._aborted = self._aborted, []
+            started, prefilled = [], 0
             while self._waiting and len(self._live) < self.info.max_running:
                 live = self._waiting.pop(0)
                 self._live[live.request.id] = live
+                started.append(live.request.id)
+                prefilled += len(live.request.prompt)
             for key, live in list(self._live.items()):
                 outputs.append(self._advance(live))
                 if outputs[-1].finish_reason:
                     del self._live[key]
+            self.last_step = SimpleNamespace(
+                started=tuple(started), prefill_tokens=prefilled, sequences=len(outputs), device_seconds=0.0
+            )
             self._news.notify_all()
         return outputs
 
@@ -104,6 +112,9 @@ class FakeEngine:
         used = sum(-(-length // PAGE_SIZE) for length in lengths)
         idle = [RankLoad(0, 0, 0, PAGES)] * (self.info.num_ranks - 1)
         return [RankLoad(len(lengths), 0, used, PAGES), *idle]
+
+    def counters(self):
+        return SimpleNamespace(preemptions=3, programs=7, compile_seconds=2.5, late_compiles=0)
 
     def wait_until(self, predicate):
         with self._news:

@@ -57,7 +57,8 @@ def error_detail(error, kind):
 
 
 @contextlib.contextmanager
-def serving(info, *, pace=0.0, step_timeout=120.0, max_backlog=16384):
+def serving(info, *, pace=0.0, step_timeout=120.0, max_backlog=16384, **options):
+    """options: further fields of FrontendConfig."""
     config = FrontendConfig(
         host="127.0.0.1",
         port=0,
@@ -65,7 +66,8 @@ def serving(info, *, pace=0.0, step_timeout=120.0, max_backlog=16384):
         drain_timeout=5,
         step_timeout=step_timeout,
         max_backlog=max_backlog,
-        log_level=30,
+        log_level=options.pop("log_level", 30),
+        **options,
     )
     engine, ready, failures = FakeEngine(info, pace), threading.Event(), []
 

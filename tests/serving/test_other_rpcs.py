@@ -103,6 +103,15 @@ class Expired:
     def time_remaining(self):
         return 0.0
 
+    def peer(self):
+        return "ipv4:127.0.0.1:1"
+
+    def peer_identities(self):
+        return None
+
+    def invocation_metadata(self):
+        return ()
+
     async def abort(self, code, text, details=()):
         raise Aborted(code)
 

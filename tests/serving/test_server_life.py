@@ -16,7 +16,7 @@ from smg_grpc_proto.generated.vllm_engine_pb2_grpc import VllmEngineStub
 
 from jaxmoe.errors import ConfigError
 from jaxmoe.serving.link import FrontendConfig
-from jaxmoe.serving.server import Frontend, run
+from jaxmoe.serving.server import Frontend, ServerConfig
 
 SERVICE = "vllm.grpc.engine.VllmEngine"
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -236,4 +236,4 @@ def test_a_port_in_use_is_told(server):
 @pytest.mark.parametrize("host", ["0.0.0.0", "10.1.2.3", "::", "example.org"])
 def test_a_port_beyond_this_machine_must_be_asked_for(host):
     with pytest.raises(ConfigError, match="--insecure-bind"):
-        run(lambda report: pytest.fail("built"), host=host)
+        ServerConfig(host=host)
