@@ -63,6 +63,7 @@ async def main(sock: socket.socket, config: FrontendConfig) -> int:
         step_timeout=config.step_timeout,
         max_backlog=config.max_backlog,
         max_client_requests=config.max_client_requests,
+        read_timeout=config.read_timeout,
     )
     await engine.link.connect(sock)
     drain, cut = asyncio.Event(), asyncio.Event()

@@ -72,6 +72,7 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
     tls_client_ca: str | None = None
     auth_token_file: str | None = None
     max_client_requests: int = 0
+    read_timeout: float = 60.0
 
 
 class RankLoad(msgspec.Struct, frozen=True, array_like=True):

@@ -10,7 +10,7 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from jaxmoe.engine.request import Output, Request, SamplingParams
@@ -123,6 +123,8 @@ class Stream:
         self._finish: Finish | None = None
         self._error: Exception | None = None
         self._news = asyncio.Event()
+        self._scope: asyncio.Timeout | None = None
+        self._patience: asyncio.TimerHandle | None = None
 
     @property
     def reason(self) -> str:
@@ -151,9 +153,7 @@ class Stream:
         self._logprobs += output.logprobs[:count]
         self._finish = finish
         if self._max_backlog is not None and len(self._tokens) > self._max_backlog:
-            self._error = SlowReaderError(
-                f"{len(self._tokens)} tokens of this stream wait to be read; read faster, or do not stream"
-            )
+            self._cut(f"{len(self._tokens)} tokens of this stream wait to be read; read faster, or do not stream")
         self._news.set()
 
     def abort(self) -> None:
@@ -165,6 +165,35 @@ class Stream:
         if not self.ended:
             self._error = error
             self._news.set()
+
+    @contextlib.asynccontextmanager
+    async def reading(self) -> AsyncIterator[None]:
+        """Breaks off what the block does, a write that waits for the client too, once its client is too slow a reader.
+
+        Raises SlowReaderError then.
+        """
+        try:
+            async with asyncio.timeout(None) as self._scope:
+                yield
+        except TimeoutError:
+            assert self._error is not None
+            raise self._error from None
+        finally:
+            self._scope = None
+            if self._patience is not None:
+                self._patience.cancel()
+
+    def expect_reader(self, seconds: float) -> None:
+        """It has ended: what is left of it is to be read within this time."""
+        if self._scope is not None and self._error is None:
+            text = f"this answer has not been read within {seconds:g} s of its end; read faster"
+            self._patience = asyncio.get_running_loop().call_later(seconds, self._cut, text)
+
+    def _cut(self, text: str) -> None:
+        self._error = SlowReaderError(text)
+        self._tokens, self._logprobs = [], []
+        if self._scope is not None:
+            self._scope.reschedule(0)
 
     async def read(self) -> Piece:
         """Waits until something has come. Raises the error that ended the stream, if one did."""
@@ -184,6 +213,7 @@ class RemoteEngine:
     max_backlog: tokens that may wait for the reader of one stream.
     step_timeout: seconds without word from an engine that has work, after which its requests fail and it counts as
         stalled until it is heard of again.
+    read_timeout: seconds that a client has to read the rest of an answer once it has ended.
     max_client_requests: that one caller may have open at once; 0 for no limit.
     """
 
@@ -192,6 +222,7 @@ class RemoteEngine:
         *,
         step_timeout: float,
         max_backlog: int,
+        read_timeout: float = 60.0,
         max_client_requests: int = 0,
     ) -> None:
         self.link = FrontendLink(self._receive, self._lost)
@@ -205,6 +236,7 @@ class RemoteEngine:
         self._info: ModelInfo | None = None
         self._step_timeout = step_timeout
         self._max_backlog = max_backlog
+        self._read_timeout = read_timeout
         self._max_client_requests = max_client_requests
         self.tracer: SpanRecorder | None = None
         self.metrics = Metrics()
@@ -379,6 +411,7 @@ class RemoteEngine:
             self.metrics.tokens(stream.timeline, len(output.token_ids), now)
             if stream.ended:
                 stream.timeline.ended = now
+                stream.expect_reader(self._read_timeout)
             if output.finish_reason is not None:
                 del self._live[output.request_id]
             elif stream.ended:

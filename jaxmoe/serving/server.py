@@ -46,6 +46,7 @@ class ServerConfig:
     drain_timeout: seconds that running requests have to end.
     step_timeout: seconds a step may take before the engine counts as stalled and its requests fail.
     max_backlog: tokens that may wait for the reader of a stream before it is cut off.
+    read_timeout: seconds that a client has to read the rest of an answer once it has ended.
     max_client_requests: that one client may have open at once; 0 for no limit.
     otlp_endpoint: of an OpenTelemetry collector, over HTTP; None makes no traces.
 
@@ -63,6 +64,7 @@ class ServerConfig:
     drain_timeout: float = 30.0
     step_timeout: float = 120.0
     max_backlog: int = 16384
+    read_timeout: float = 60.0
     max_client_requests: int = 0
     metrics_host: str = "127.0.0.1"
     metrics_port: int | None = None

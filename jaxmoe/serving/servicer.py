@@ -1,6 +1,7 @@
 """`vllm.grpc.engine.VllmEngine`: the gRPC service that gateways speak, in front of the engine."""
 
 import asyncio
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
@@ -44,6 +45,7 @@ _MAX_REQUEST_ID = 512
 _MAX_STOPS = 32
 _MAX_STOP_LENGTH = 512
 _TOKENIZER_CHUNK = 1 << 20
+_STATUS_TIMEOUT = 1.0
 
 _STATUS: dict[type[Exception], grpc.StatusCode] = {
     InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
@@ -223,7 +225,8 @@ class Servicer(VllmEngineServicer):
             rank = request.data_parallel_rank if request.HasField("data_parallel_rank") else None
             engine.submit(stream, prompt, params, rank)
             send = _send_stream if request.stream else _send_whole
-            await send(stream, context, len(prompt), logprobs=asked.HasField("logprobs"))
+            async with stream.reading():
+                await send(stream, context, len(prompt), logprobs=asked.HasField("logprobs"))
 
     async def _prompt(self, request: pb.GenerateRequest, info: ModelInfo) -> Sequence[int]:
         if request.WhichOneof("input") == "text":
@@ -412,8 +415,10 @@ async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> NoRetur
         delay = duration_pb2.Duration(seconds=1)
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
     details = (("grpc-status-details-bin", status.SerializeToString()),) if status.details else ()
-    await context.abort(code, text, details)
-    raise AssertionError("abort returned")
+    # To a client that does not read, the status is on its way but not sent: there is no use in waiting for it.
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(context.abort(code, text, details), _STATUS_TIMEOUT)
+    raise grpc.aio.AbortError
 
 
 def _field_path(field: str) -> str:

@@ -299,6 +299,20 @@ def test_a_reader_that_falls_behind_is_cut_off(checkpoint):
         assert "read faster" in error.value.details()
 
 
+def test_an_answer_that_nobody_reads_is_not_kept(checkpoint):
+    with serving(model_info(checkpoint), read_timeout=0.2) as server:
+        small_window = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16384)]
+        with grpc.insecure_channel(server.address, options=small_window) as channel:
+            fields = {"stream": True, "logprobs": 1, "max_tokens": 10_000}
+            call = type(server.stub)(channel).Generate(generate_request(PROMPT, **fields), timeout=60)
+            while server.stub.GetServerInfo(pb.GetServerInfoRequest()).active_requests or not server.engine.submitted:
+                pass
+            with pytest.raises(grpc.RpcError) as error:
+                list(call)
+        assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "within 0.2 s of its end" in error.value.details()
+
+
 def test_without_a_tokenizer_tokens_are_served_and_text_is_refused(tmp_path):
     with serving(model_info(tmp_path)) as server:
         assert chunks_and_complete(server.generate(PROMPT, max_tokens=5))[1].output_ids == PROMPT
