@@ -20,7 +20,6 @@ from jaxmoe.cli import (
 from jaxmoe.engine.config import EngineConfig
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.serving import logs, server
-from jaxmoe.serving.engine_loop import EngineLike
 from jaxmoe.serving.link import Bound, ModelInfo
 
 
@@ -85,10 +84,11 @@ def main(argv: list[str] | None = None) -> int:
             say(f"metrics on {bound.metrics}")
         say(f"listening on {bound.address}, not ready yet")
 
-    def build_engine(report: server.Report) -> tuple[EngineLike, ModelInfo]:
+    def build_engine(report: server.Report) -> server.Served:
         # Imported once the port is open: JAX takes a second.
         from jaxmoe.api import load
         from jaxmoe.engine.engine import Engine
+        from jaxmoe.serving.tables import Tables
 
         use_compile_cache(args.compile_cache)
         progress = StartProgress(report)
@@ -116,12 +116,12 @@ def main(argv: list[str] | None = None) -> int:
             default_sampling_params=model.recommended_sampling,
         )
         if folder is None:
-            return engine, info
+            return server.Served(engine, info, Tables(engine))
         from jaxmoe.measuring.profile import ProfiledEngine
 
         profiled = ProfiledEngine(engine, folder, args.profile_steps, say)
         ending.callback(profiled.close)
-        return profiled, info
+        return server.Served(profiled, info, Tables(engine))
 
     try:
         config, folder = engine_config(args, max_queue=args.max_queue), profile_folder(args)

@@ -6,6 +6,8 @@ import secrets
 from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
+import jax
+
 from jaxmoe.engine.config import EngineConfig
 from jaxmoe.engine.model import Model, Progress, no_progress
 from jaxmoe.engine.pages import PageGroup
@@ -79,6 +81,11 @@ class Engine:
     def page_groups(self) -> tuple[PageGroup, ...]:
         """The groups of KV pages, one for each distance that the model's layers look back."""
         return self._runner.groups
+
+    @property
+    def cache_arrays(self) -> list[jax.Array]:
+        """All arrays of KV pages."""
+        return jax.tree.leaves(self._runner.cache)
 
     def describe(self) -> str:
         """One line for a log: the limits in force."""

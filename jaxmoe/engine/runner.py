@@ -24,6 +24,7 @@ from jaxmoe.spans import FULL
 class Runner:
     """Owns the KV cache and the compiled steps of one model.
 
+    cache: given to each step, which updates it in place.
     device_seconds: how long the last `run` launched programs and waited for what they sampled.
     """
 
@@ -37,12 +38,12 @@ class Runner:
             )
         self.groups = page_groups(model, config, self.max_context)
         pages = tuple(group.pages_per_rank for group in self.groups)
-        self._cache = make_cache(model.config, model.mesh, model.rules, pages, config.page_size, model.dtype)
-        use_huge_pages(self._cache)
+        self.cache = make_cache(model.config, model.mesh, model.rules, pages, config.page_size, model.dtype)
+        use_huge_pages(self.cache)
         self._packing = Packing(model.config.spans, config.page_size)
         economy = READ_IN_USE if model.execution.kernels == "native" else GATHERED
         self._buckets = Buckets(config, self.max_context, self._packing, economy)
-        self.executables = Executables(model, self._cache, self._packing)
+        self.executables = Executables(model, self.cache, self._packing)
         self.device_seconds = 0.0
         if config.warm_up:
             self.executables.warm_up(self._buckets, progress)
@@ -50,7 +51,7 @@ class Runner:
     @property
     def cache_bytes(self) -> int:
         """Bytes of KV cache of one attention rank, over its `tp` devices; what all of these hold counts once."""
-        return sum(array.nbytes for array in jax.tree.leaves(self._cache)) // self.model.num_ranks
+        return sum(array.nbytes for array in jax.tree.leaves(self.cache)) // self.model.num_ranks
 
     def describe_dispatch(self) -> str:
         """How the programs' mixtures dispatch, by tokens a rank; "" where one device has all experts."""
@@ -74,7 +75,7 @@ class Runner:
         for shape, ranks in calls:
             packed = self._packing.pack(shape, ranks)
             began = time.monotonic()
-            self._cache, out = self.executables(shape, self._cache, packed)
+            self.cache, out = self.executables(shape, self.cache, packed)
             self.device_seconds += time.monotonic() - began
             launched.append((ranks, out))
         sampled: dict[str, tuple[int, float]] = {}

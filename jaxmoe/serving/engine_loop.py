@@ -2,14 +2,16 @@
 
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from jaxmoe.engine.request import Output, Request
-from jaxmoe.errors import DuplicateRequestError, InvalidRequestError, JaxmoeError, QueueFullError
+from jaxmoe.errors import DuplicateRequestError, InvalidRequestError, JaxmoeError, QueueFullError, UnavailableError
 from jaxmoe.serving.link import (
     AskLoads,
+    AskTable,
     Cancel,
     EngineLink,
     Fatal,
@@ -22,6 +24,7 @@ from jaxmoe.serving.link import (
     Serving,
     Step,
     Submit,
+    Table,
     Totals,
 )
 
@@ -77,10 +80,17 @@ class EngineLike(Protocol):
     def counters(self) -> EngineCounters: ...
 
 
-def serve_engine(engine: EngineLike, link: EngineLink, *, on_serving: Callable[[], object] = lambda: None) -> None:
+def serve_engine(
+    engine: EngineLike,
+    link: EngineLink,
+    *,
+    on_serving: Callable[[], object] = lambda: None,
+    tables: Callable[[str, str], bytes] | None = None,
+) -> None:
     """Runs the engine for the front end at the other end of the link; returns once that is gone.
 
     on_serving: called once the front end, told that the engine is ready, lets requests through.
+    tables: makes a message of `jaxmoe.v1` by its name and an argument; runs in a thread beside the steps.
 
     A request the engine refuses is told so and disturbs nothing else. If the engine fails in any other way, the front
     end is told that it is lost, and the exception is raised.
@@ -99,6 +109,8 @@ def serve_engine(engine: EngineLike, link: EngineLink, *, on_serving: Callable[[
                             engine.cancel(request_id)
                     case AskLoads():
                         link.send(_loads(engine))
+                    case AskTable():
+                        threading.Thread(target=_make_table, args=(tables, frame, link), daemon=True).start()
                     case Serving():
                         on_serving()
             if engine.has_work:
@@ -133,6 +145,22 @@ def _submit(engine: EngineLike, request: Request) -> Rejected | None:
             request.id, "internal", "the engine failed to take this request; the server's log has the details"
         )
     return None
+
+
+def _make_table(tables: Callable[[str, str], bytes] | None, ask: AskTable, link: EngineLink) -> None:
+    try:
+        if tables is None:
+            raise UnavailableError("this engine has no tables")
+        answer = Table(ask.number, tables(ask.name, ask.argument))
+    except InvalidRequestError as error:
+        answer = Table(ask.number, kind="invalid", problem=str(error), field=error.field)
+    except JaxmoeError as error:
+        answer = Table(ask.number, kind="unavailable", problem=str(error))
+    except Exception:
+        logger.exception("the table %s could not be made", ask.name)
+        answer = Table(ask.number, kind="internal", problem="the table could not be made; the server's log has details")
+    with contextlib.suppress(LinkClosed):
+        link.post(answer)
 
 
 def _step(engine: EngineLike, began: float) -> Step:

@@ -19,8 +19,10 @@ from smg_grpc_proto.generated import vllm_engine_pb2_grpc
 
 from jaxmoe.errors import ConfigError, UnavailableError
 from jaxmoe.serving import logs
+from jaxmoe.serving.admin import ADMIN_SERVICE, Admin
 from jaxmoe.serving.link import BindFailed, Bound, FrontendConfig
 from jaxmoe.serving.metrics import MetricsServer
+from jaxmoe.serving.proto.admin_pb2_grpc import add_AdminServicer_to_server
 from jaxmoe.serving.remote_engine import Phase, RemoteEngine
 from jaxmoe.serving.security import BearerAuth, Tokens, server_credentials
 from jaxmoe.serving.servicer import SERVICE, Servicer
@@ -72,7 +74,7 @@ async def main(sock: socket.socket, config: FrontendConfig) -> int:
         health_servicer = Health(engine.ended)
         await _tell_health(engine, health_servicer)
         try:
-            server, bound = await _start(engine, health_servicer, config, ending)
+            server, bound = await _start(engine, health_servicer, config, drain, ending)
         except ConfigError as error:
             engine.link.send(BindFailed(str(error)))
             return 1
@@ -96,7 +98,11 @@ async def main(sock: socket.socket, config: FrontendConfig) -> int:
 
 
 async def _start(
-    engine: RemoteEngine, health_servicer: Health, config: FrontendConfig, ending: contextlib.AsyncExitStack
+    engine: RemoteEngine,
+    health_servicer: Health,
+    config: FrontendConfig,
+    drain: asyncio.Event,
+    ending: contextlib.AsyncExitStack,
 ) -> tuple[grpc.aio.Server, Bound]:
     """Opens all ports. Raises ConfigError if one cannot be, or if a file that the config names does not serve."""
     if config.otlp_endpoint is not None:
@@ -106,8 +112,10 @@ async def _start(
     server = grpc.aio.server(options=_OPTIONS, interceptors=[bearer] if bearer else None)
     vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server(Servicer(engine, bearer=bearer is not None), server)
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    add_AdminServicer_to_server(Admin(engine, drain.set), server)
     if config.reflection:
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        services = (SERVICE, ADMIN_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(services, server)
     host = _bracketed(config.host)
     credentials = None
     if config.tls_cert is not None and config.tls_key is not None:

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import select
 import socket
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
@@ -125,6 +126,14 @@ class AskLoads(Frame):
     """Answered with `Loads` before the next step."""
 
 
+class AskTable(Frame):
+    """Answered with a `Table` of the same number, when it is made. name: of a message of `jaxmoe.v1`."""
+
+    number: int
+    name: str
+    argument: str
+
+
 class Bound(Frame):
     """The front end listens at this `host:port`; metrics: where these are read, if they are served."""
 
@@ -157,17 +166,30 @@ class Outputs(Frame):
     step: Step | None = None
 
 
+RejectionKind: TypeAlias = Literal["invalid", "duplicate", "queue_full", "unavailable", "internal"]
+
+
 class Rejected(Frame):
     """The engine did not take a request."""
 
     id: str
-    kind: Literal["invalid", "duplicate", "queue_full", "unavailable", "internal"]
+    kind: RejectionKind
     message: str
     field: str = ""
 
 
 class Loads(Frame):
     ranks: list[RankLoad]
+
+
+class Table(Frame):
+    """content: the serialized message. problem: why there is none; kind: as in `Rejected`."""
+
+    number: int
+    content: bytes = b""
+    kind: RejectionKind | None = None
+    problem: str = ""
+    field: str = ""
 
 
 class Report(Frame):
@@ -183,8 +205,8 @@ class Fatal(Frame):
     message: str
 
 
-ToEngine: TypeAlias = Submit | Cancel | AskLoads | Bound | BindFailed | Serving
-ToFrontend: TypeAlias = Progress | Ready | Outputs | Rejected | Loads | Report | Fatal
+ToEngine: TypeAlias = Submit | Cancel | AskLoads | AskTable | Bound | BindFailed | Serving
+ToFrontend: TypeAlias = Progress | Ready | Outputs | Rejected | Loads | Report | Table | Fatal
 
 _F = TypeVar("_F")
 _encoder = msgspec.msgpack.Encoder()
@@ -217,8 +239,11 @@ class _Splitter(Generic[_F]):
 
 
 class EngineLink:
-    """The engine's end, for one thread. Never waits for the reader, until more than `max_unread` bytes are unread;
-    then it says so in the log, and gives the link up after `patience` seconds without a byte read."""
+    """The engine's end: one thread sends and receives, others may `post`.
+
+    Never waits for the reader, until more than `max_unread` bytes are unread; then it says so in the log, and gives the
+    link up after `patience` seconds without a byte read.
+    """
 
     def __init__(self, sock: socket.socket, *, max_unread: int = 64 << 20, patience: float = 60.0) -> None:
         sock.setblocking(False)
@@ -227,10 +252,23 @@ class EngineLink:
         self._unsent = bytearray()
         self._max_unread = max_unread
         self._patience = patience
+        self._lock = threading.Lock()  # of what is unsent, and of the order in which it is sent
+
+    def post(self, frame: ToFrontend) -> None:
+        """Sends a frame from another thread, and waits until it is sent. Raises LinkClosed."""
+        data = _encode(frame)
+        with self._lock:
+            self._unsent += data
+        while self._unsent:
+            self._flush()
+            if self._unsent and not self._wait(select.POLLOUT, self._patience):
+                raise LinkClosed(f"the front end has read nothing for {self._patience:g} s")
 
     def send(self, frame: ToFrontend) -> None:
         """Raises LinkClosed if the front end is gone."""
-        self._unsent += _encode(frame)
+        data = _encode(frame)
+        with self._lock:
+            self._unsent += data
         self._flush()
         if len(self._unsent) > self._max_unread:
             logger.warning("the front end leaves %d MiB unread; the engine waits for it", len(self._unsent) >> 20)
@@ -275,8 +313,9 @@ class EngineLink:
 
     def _flush(self) -> None:
         try:
-            while self._unsent:
-                del self._unsent[: self._socket.send(self._unsent)]
+            with self._lock:
+                while self._unsent:
+                    del self._unsent[: self._socket.send(self._unsent)]
         except BlockingIOError:
             pass
         except ConnectionError as error:

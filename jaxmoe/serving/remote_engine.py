@@ -23,6 +23,7 @@ from jaxmoe.errors import (
 )
 from jaxmoe.serving.link import (
     AskLoads,
+    AskTable,
     Cancel,
     Fatal,
     FrontendLink,
@@ -37,6 +38,7 @@ from jaxmoe.serving.link import (
     Serving,
     Step,
     Submit,
+    Table,
     ToFrontend,
 )
 from jaxmoe.serving.logs import fields
@@ -249,6 +251,7 @@ class RemoteEngine:
         self._idle.set()
         self._last_word = time.monotonic()
         self._loads: asyncio.Future[list[RankLoad]] | None = None
+        self._tables: dict[int, asyncio.Future[bytes]] = {}
         self._loading: asyncio.Task[None] | None = None
 
     @property
@@ -344,6 +347,18 @@ class RemoteEngine:
         except TimeoutError:
             raise UnavailableError(f"the engine has not reported its loads within {_LOADS_TIMEOUT:g} s") from None
 
+    async def table(self, name: str, argument: str = "") -> bytes:
+        """A message of `jaxmoe.v1`, serialized, that the engine's process makes; that may take it seconds."""
+        if self._info is None or self.phase is Phase.ENDED:
+            raise UnavailableError(self.reason)
+        number = next(self._keys)
+        self._tables[number] = asyncio.get_running_loop().create_future()
+        self.link.send(AskTable(number, name, argument))
+        try:
+            return await self._tables[number]
+        finally:
+            del self._tables[number]
+
     async def drain(self, timeout: float) -> None:
         """Takes no more requests, and returns when none is open or `timeout` seconds have passed."""
         self._turn(Phase.DRAINING, "draining: this server is shutting down")
@@ -388,6 +403,13 @@ class RemoteEngine:
                 if self._loads is not None and not self._loads.done():
                     self._loads.set_result(ranks)
                 self._loads = None
+            case Table(number, content, kind, problem, field):
+                asked = self._tables.get(number)
+                if asked is not None and not asked.done():
+                    if kind is None:
+                        asked.set_result(content)
+                    else:
+                        asked.set_exception(_rejection(kind, problem, field))
             case Progress(text):
                 self._turn(self.phase, f"starting: {text}")
             case Ready(info):
@@ -471,6 +493,10 @@ class RemoteEngine:
         if self._loads is not None and not self._loads.done():
             self._loads.set_exception(error)
             self._loads.exception()  # asked for, lest it be logged where nobody waits
+
+        for asked in self._tables.values():
+            if not asked.done():
+                asked.set_exception(error)
 
     def _turn(self, phase: Phase, reason: str) -> None:
         self.phase, self.reason = phase, reason

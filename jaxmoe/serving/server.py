@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import msgspec
 
@@ -32,7 +32,17 @@ from jaxmoe.serving.security import is_loopback
 logger = logging.getLogger(__name__)
 
 Report: TypeAlias = Callable[[str], None]
-BuildEngine: TypeAlias = Callable[[Report], tuple[EngineLike, ModelInfo]]
+
+
+class Served(NamedTuple):
+    """tables: makes what `jaxmoe.v1.Admin` tells of the engine; see `jaxmoe.serving.engine_loop.serve_engine`."""
+
+    engine: EngineLike
+    info: ModelInfo
+    tables: Callable[[str, str], bytes] | None = None
+
+
+BuildEngine: TypeAlias = Callable[[Report], Served]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,11 +128,16 @@ def run(
         if on_bound:
             on_bound(frontend.bound)
         with contextlib.suppress(LinkClosed):
-            engine, info = build_engine(lambda text: frontend.link.send(Progress(text)))
+            engine, info, tables = build_engine(lambda text: frontend.link.send(Progress(text)))
             with frontend.signals():
                 frontend.link.send(Ready(info))
                 try:
-                    serve_engine(engine, frontend.link, on_serving=lambda: on_ready and on_ready(frontend.address))
+                    serve_engine(
+                        engine,
+                        frontend.link,
+                        on_serving=lambda: on_ready and on_ready(frontend.address),
+                        tables=tables,
+                    )
                 except Exception:
                     logger.exception("the engine failed; the server ends")
                     return 1

@@ -106,7 +106,7 @@ class Servicer(VllmEngineServicer):
             code = _STATUS.get(type(error), grpc.StatusCode.INTERNAL).name
             self._engine.metrics.refused(code)
             logger.info("request refused", extra=fields(request_id=request.request_id, code=code))
-            await _abort(context, error)
+            await abort(context, error)
 
     async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortResponse:
         self._engine.abort(request.request_ids)
@@ -152,7 +152,7 @@ class Servicer(VllmEngineServicer):
         try:
             loads = await self._engine.loads()
         except (UnavailableError, EngineFailedError) as error:
-            await _abort(context, error)
+            await abort(context, error)
         info = self._engine.info
         in_queue = waiting_by_rank(loads, self._engine.unplaced(loads))
         report = []
@@ -279,7 +279,7 @@ class Servicer(VllmEngineServicer):
         try:
             return self._engine.info
         except UnavailableError as error:
-            await _abort(context, error)
+            await abort(context, error)
 
 
 def _trace_headers(context: grpc.aio.ServicerContext) -> dict[str, str]:
@@ -401,7 +401,7 @@ def _too_long(length: str, info: ModelInfo, field: str) -> InvalidRequestError:
     )
 
 
-async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:
+async def abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:
     """Ends an RPC with the error's status and, where there is one, its google.rpc detail."""
     code, text = _STATUS.get(type(error)), str(error)
     if code is None:

@@ -18,10 +18,10 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 import jaxmoe
+from jaxmoe.client import Client
 from jaxmoe.demo import DEMO_MODEL
 from jaxmoe.engine.request import SamplingParams
 from jaxmoe.errors import InvalidRequestError, JaxmoeError
-from jaxmoe.serving.client import Client
 from jaxmoe.serving.tokenization import Tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -78,7 +78,7 @@ def prompts(tokenizer):
 
 
 def tokens_of(client, prompt, params=GREEDY):
-    return [token for delta in client.generate(prompt, params) for token in delta.token_ids]
+    return [token for delta in client.stream(prompt, params) for token in delta.token_ids]
 
 
 def test_64_concurrent_streams_bring_the_same_greedy_tokens_as_one_by_one(server, prompts):
@@ -147,7 +147,7 @@ def test_a_model_of_random_weights_answers_tokens_with_tokens(pytestconfig):
 def test_a_bad_request_is_explained_and_the_others_go_on_unchanged(server, prompts):
     with Client(server) as client:
         expected = tokens_of(client, prompts[5])
-        running = client.generate(prompts[5], GREEDY)
+        running = client.stream(prompts[5], GREEDY)
         tokens = list(next(running).token_ids)
         with pytest.raises(InvalidRequestError, match="prompt of 128 tokens leaves no room"):
             tokens_of(client, [5] * 128)

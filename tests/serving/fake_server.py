@@ -9,7 +9,7 @@ import sys
 from fake_engine import FakeEngine, model_info
 
 from jaxmoe.errors import CheckpointError
-from jaxmoe.serving.server import ServerConfig, run
+from jaxmoe.serving.server import Served, ServerConfig, run
 
 
 class Crashing(FakeEngine):
@@ -24,7 +24,7 @@ def build_engine(report):
     if sys.stdin.readline().strip() == "fail":
         raise CheckpointError("the checkpoint is not there")
     info = model_info(sys.argv[1])
-    return Crashing(info, pace=float(sys.argv[2])), info
+    return Served(Crashing(info, pace=float(sys.argv[2])), info)
 
 
 if __name__ == "__main__":

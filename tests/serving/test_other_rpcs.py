@@ -18,7 +18,7 @@ from jaxmoe.serving.tokenization import Tokenizer, read_files, unpack_files
 
 def test_reflection_lists_and_describes_the_services(server):
     database = ProtoReflectionDescriptorDatabase(server.channel)
-    assert {"vllm.grpc.engine.VllmEngine", "grpc.health.v1.Health"} <= set(database.get_services())
+    assert {"vllm.grpc.engine.VllmEngine", "jaxmoe.v1.Admin", "grpc.health.v1.Health"} <= set(database.get_services())
     assert database.FindFileContainingSymbol("vllm.grpc.engine.VllmEngine").name == "vllm_engine.proto"
 
 

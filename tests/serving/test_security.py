@@ -1,41 +1,18 @@
 import contextlib
 import os
-import subprocess
 
 import grpc
 import pytest
 from fake_engine import model_info
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
-from harness import generate_request, serving
+from harness import generate_request, serving, tls
 from smg_grpc_proto.generated.vllm_engine_pb2_grpc import VllmEngineStub
 
 from jaxmoe.errors import ConfigError
 from jaxmoe.serving import security
 from jaxmoe.serving.security import Tokens
 from jaxmoe.serving.server import ServerConfig
-
-
-def make(directory, *arguments):
-    subprocess.run(["openssl", *arguments], cwd=directory, check=True, capture_output=True)
-
-
-@pytest.fixture(scope="module")
-def pki(tmp_path_factory):
-    """An authority, a certificate of it for this machine, and one for a client."""
-    directory = tmp_path_factory.mktemp("pki")
-    new_key = ["req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    make(directory, *new_key, "-x509", "-days", "30", "-subj", "/CN=authority", "-keyout", "ca.key", "-out", "ca.pem")
-    (directory / "names").write_text("subjectAltName=IP:127.0.0.1")
-    for name in ("server", "client"):
-        make(directory, *new_key, "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.csr")
-        signing = ["x509", "-req", "-days", "30", "-CA", "ca.pem", "-CAkey", "ca.key", "-extfile", "names"]
-        make(directory, *signing, "-in", f"{name}.csr", "-out", f"{name}.pem")
-    return directory
-
-
-def tls(pki, **options):
-    return {"tls_cert": str(pki / "server.pem"), "tls_key": str(pki / "server.key"), **options}
 
 
 @contextlib.contextmanager

@@ -1,18 +1,13 @@
-import contextlib
 import os
 import pathlib
-import selectors
 import signal
-import subprocess
-import sys
 
 import grpc
 import pytest
 from fake_engine import model_info
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from harness import generate_request, serving
+from harness import generate_request, process, serving
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
-from smg_grpc_proto.generated.vllm_engine_pb2_grpc import VllmEngineStub
 
 from jaxmoe.errors import ConfigError
 from jaxmoe.serving.link import FrontendConfig
@@ -20,64 +15,6 @@ from jaxmoe.serving.server import Frontend, ServerConfig
 
 SERVICE = "vllm.grpc.engine.VllmEngine"
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
-
-
-class Process:
-    """A server in a process of its own, as `jaxmoe.serve` runs it."""
-
-    def __init__(self, checkpoint, pace, drain_timeout=30.0):
-        script = pathlib.Path(__file__).with_name("fake_server.py")
-        self.popen = subprocess.Popen(
-            [sys.executable, script, checkpoint, str(pace), str(drain_timeout)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            bufsize=0,  # or a line could hide from `select` in a buffer
-        )
-        self.address = self.line()
-        assert self.line() == "building"
-        self.channel = grpc.insecure_channel(self.address)
-        self.stub = VllmEngineStub(self.channel)
-        self.health = health_pb2_grpc.HealthStub(self.channel)
-
-    def line(self):
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.popen.stdout, selectors.EVENT_READ)
-            assert selector.select(timeout=30)
-        return self.popen.stdout.readline().decode().strip()
-
-    def build(self, how="go"):
-        self.popen.stdin.write(f"{how}\n".encode())
-
-    def ready(self):
-        self.build()
-        assert self.line() == "ready"
-
-    def signal(self, number=signal.SIGTERM):
-        self.popen.send_signal(number)
-
-    def end(self):
-        """Exit code and what it wrote to its log, once both processes are gone: they share the pipe."""
-        _, log = self.popen.communicate(timeout=30)
-        return self.popen.returncode, log.decode()
-
-    def status(self, service=""):
-        return self.health.Check(health_pb2.HealthCheckRequest(service=service), timeout=30).status
-
-    def watch(self, service=SERVICE):
-        return self.health.Watch(health_pb2.HealthCheckRequest(service=service), timeout=60)
-
-
-@contextlib.contextmanager
-def process(checkpoint, pace=0.001, drain_timeout=30.0):
-    server = Process(checkpoint, pace, drain_timeout)
-    try:
-        yield server
-    finally:
-        server.channel.close()
-        if server.popen.poll() is None:
-            server.popen.kill()
-            server.popen.communicate(timeout=30)
 
 
 def test_from_not_serving_to_serving_to_drained(checkpoint):
