@@ -312,7 +312,7 @@ class _Attempts:
         seconds = self._seconds(error)
         left = self.time_left
         if self.answered or seconds is None or self._retries < 1 or (left is not None and left < seconds):
-            raise _as_jaxmoe_error(error, self._address) from error
+            raise as_jaxmoe_error(error, self._address) from error
         self._retries -= 1
         self._pause = min(2 * self._pause, _LONGEST_BACKOFF)
         return seconds
@@ -388,7 +388,7 @@ def _tokenizer(chunks: Any) -> Tokenizer:
     return Tokenizer(unpack_files(b"".join(chunk.data for chunk in chunks)))
 
 
-def _as_jaxmoe_error(error: grpc.RpcError, address: str) -> JaxmoeError:
+def as_jaxmoe_error(error: grpc.RpcError, address: str) -> JaxmoeError:
     text = error.details() or ""
     match error.code():
         case grpc.StatusCode.INVALID_ARGUMENT:
