@@ -113,6 +113,8 @@ class Servicer(VllmEngineServicer):
         return pb.AbortResponse()
 
     async def HealthCheck(self, request: Any, context: grpc.aio.ServicerContext) -> pb.HealthCheckResponse:
+        # A gateway takes who answers at all for a worker, and asks once what it serves: too early while it starts.
+        await self._info(context)
         return pb.HealthCheckResponse(healthy=self._engine.phase is Phase.SERVING, message=self._engine.reason)
 
     async def GetModelInfo(self, request: Any, context: grpc.aio.ServicerContext) -> pb.GetModelInfoResponse:
