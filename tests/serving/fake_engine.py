@@ -47,6 +47,7 @@ class FakeEngine:
         self.gate = threading.Event()
         self.gate.set()
         self.submitted = []
+        self.begun = []
         self.cancelled = []
         self.refusal = None
         self._news = threading.Condition()
@@ -96,6 +97,7 @@ class FakeEngine:
                 live = self._waiting.pop(0)
                 self._live[live.request.id] = live
                 started.append(live.request.id)
+                self.begun.append(live.request.id)
                 prefilled += len(live.request.prompt)
             for key, live in list(self._live.items()):
                 outputs.append(self._advance(live))

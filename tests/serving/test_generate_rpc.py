@@ -138,6 +138,20 @@ def test_a_deadline_reaches_the_engine(server, stream):
     server.engine.wait_until(lambda engine: key in engine.cancelled)
 
 
+def test_a_request_whose_deadline_passes_in_the_queue_never_begins(checkpoint):
+    with serving(model_info(checkpoint)) as server:
+        running = server.generate(PROMPT, stream=True)
+        next(running)
+        server.engine.gate.clear()
+        assert server.refusal(PROMPT, timeout=0.3).code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        server.engine.gate.set()
+        server.engine.wait_until(lambda engine: len(engine.cancelled) == 1)
+        (key,) = server.engine.cancelled
+        assert key == server.engine.submitted[-1].id
+        assert key not in server.engine.begun
+        running.cancel()
+
+
 def test_everything_is_free_again_after_a_cancel(server):
     call = server.generate(PROMPT * 100, stream=True)
     next(call)
@@ -239,6 +253,12 @@ def test_bad_input_is_named(server, prompt, fields, path, words):
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert words in error.details()
     assert [v.field for v in error_detail(error, "BadRequest").field_violations] == [path]
+
+
+def test_a_message_beyond_the_limit_is_refused(server):
+    error = server.refusal("x" * (65 << 20))
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "larger than max" in error.details()
 
 
 def test_sixty_four_streams_at_once(server):

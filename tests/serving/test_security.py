@@ -1,5 +1,8 @@
 import contextlib
 import os
+import pathlib
+import subprocess
+import sys
 
 import grpc
 import pytest
@@ -49,6 +52,23 @@ def test_with_mutual_tls_a_client_needs_a_certificate(checkpoint, pki):
             assert ask(channel) == [5]
         with secure_channel(pki, server.address) as channel:
             assert refusal(channel) is grpc.StatusCode.UNAVAILABLE
+
+
+def test_grpcurl_passes_with_a_certificate_and_a_token(checkpoint, pki, tmp_path):
+    file = tmp_path / "tokens"
+    file.write_text("alpha\n")
+    grpcurl = pathlib.Path(sys.executable).with_name("grpcurl")
+
+    def code(address, *options):
+        command = [grpcurl, "-cacert", pki / "ca.pem", *options, address, "list"]
+        return subprocess.run(command, capture_output=True, timeout=60).returncode
+
+    shown = ("-cert", pki / "client.pem", "-key", pki / "client.key")
+    options = tls(pki, tls_client_ca=str(pki / "ca.pem"), auth_token_file=str(file))
+    with serving(model_info(checkpoint), **options) as server:
+        assert code(server.address, *shown, "-H", "authorization: Bearer alpha") == 0
+        assert code(server.address, *shown) != 0
+        assert code(server.address, "-H", "authorization: Bearer alpha") != 0
 
 
 def test_without_a_known_token_nothing_but_health_is_told(checkpoint, tmp_path, monkeypatch):
