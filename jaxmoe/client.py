@@ -29,7 +29,7 @@ from smg_grpc_proto.generated import common_pb2
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from smg_grpc_proto.generated.vllm_engine_pb2_grpc import VllmEngineStub
 
-from jaxmoe.engine.request import SamplingParams
+from jaxmoe.engine.request import Constraint, SamplingParams
 from jaxmoe.errors import (
     ConfigError,
     DuplicateRequestError,
@@ -50,6 +50,7 @@ _OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2000),
 ]
+_SCORING = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
 _FIRST_BACKOFF, _LONGEST_BACKOFF = 0.1, 5.0
 
 
@@ -59,6 +60,18 @@ class Answer(NamedTuple):
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str
+
+
+class Score(NamedTuple):
+    """How likely a text is, token by token, each given those before it; the first has no such number."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float | None, ...]
+
+    @property
+    def total(self) -> float:
+        """Log-probability of all that follows the first token."""
+        return sum(value for value in self.logprobs if value is not None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,12 +182,12 @@ class Client:
 
         A server without a tokenizer answers tokens with tokens: the text of each Delta is empty.
         """
-        request, timeout = _generate_request(prompt, params, stop, options)
+        request, timeout, asked = _generate_request(prompt, params, stop, options)
         try:
             tokenizer: Tokenizer | JaxmoeError = self.tokenizer
         except JaxmoeError as error:
             tokenizer = error
-        text = _answer_text(tokenizer, prompt, stop)
+        text = _answer_text(tokenizer, prompt, stop, asked.min_tokens)
         responses = self._call(self._stub.Generate, request, timeout)
         with contextlib.closing(responses):
             for response in responses:
@@ -191,6 +204,11 @@ class Client:
     ) -> Generator[Delta, None, None]:
         """As `chat`, piece by piece."""
         return self.stream(self.tokenizer.encode_chat(messages), params, stop, **options)
+
+    def score(self, prompt: Prompt, timeout: float | None = None) -> Score:
+        """Log-probabilities of the tokens of a text, or of these tokens."""
+        (answer,) = self._call(self._stub.Generate, _request(prompt, _SCORING), timeout)
+        return _score(answer)
 
     def _call(self, method: Any, request: Any, timeout: float | None = None) -> Generator[Any, None, None]:
         """What a method answers, one message or many. Tries again while nothing has come of it."""
@@ -251,12 +269,12 @@ class AsyncClient:
     async def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, stop: Sequence[str] = (), **options: Any
     ) -> AsyncGenerator[Delta, None]:
-        request, timeout = _generate_request(prompt, params, stop, options)
+        request, timeout, asked = _generate_request(prompt, params, stop, options)
         try:
             tokenizer: Tokenizer | JaxmoeError = await self.tokenizer()
         except JaxmoeError as error:
             tokenizer = error
-        text = _answer_text(tokenizer, prompt, stop)
+        text = _answer_text(tokenizer, prompt, stop, asked.min_tokens)
         responses = self._call(self._stub.Generate, request, timeout)
         async with contextlib.aclosing(responses):
             async for response in responses:
@@ -274,6 +292,10 @@ class AsyncClient:
         async with contextlib.aclosing(deltas):
             async for delta in deltas:
                 yield delta
+
+    async def score(self, prompt: Prompt, timeout: float | None = None) -> Score:
+        (answer,) = [answer async for answer in self._call(self._stub.Generate, _request(prompt, _SCORING), timeout)]
+        return _score(answer)
 
     async def _call(self, method: Any, request: Any, timeout: float | None = None) -> AsyncGenerator[Any, None]:
         attempts = _Attempts(self.address, self.access.retries, timeout)
@@ -339,30 +361,50 @@ def _retry_delay(error: grpc.RpcError) -> float | None:
 
 def _generate_request(
     prompt: Prompt, params: SamplingParams | None, stop: Sequence[str], options: dict[str, Any]
-) -> tuple[pb.GenerateRequest, float | None]:
+) -> tuple[pb.GenerateRequest, float | None, SamplingParams]:
     timeout, request_id = options.pop("timeout", None), options.pop("request_id", "")
     if params is not None and options:
         raise TypeError(f"give params, or fields of it ({', '.join(options)}), not both")
     params = params or SamplingParams(**options)
     if params.seed is not None and params.seed not in _INT32:
         raise InvalidRequestError(f"seed={params.seed} does not fit 32 bits, signed", "seed")
+    if params.n != 1 or params.logprobs or params.prompt_logprobs is not None:
+        raise InvalidRequestError("an answer here is one sample; `score` tells log-probabilities", "n")
+    request = _request(prompt, params, stop, request_id)
+    request.stream = True
+    return request, timeout, params
+
+
+def _request(
+    prompt: Prompt, params: SamplingParams, stop: Sequence[str] = (), request_id: str = ""
+) -> pb.GenerateRequest:
+    """Fields of SamplingParams have the names of the message's, but for the constraint."""
     asked = pb.SamplingParams(stop=stop, skip_special_tokens=True)
     for field in dataclasses.fields(params):
         value = getattr(params, field.name)
         if value is not None and field.name in pb.SamplingParams.DESCRIPTOR.fields_by_name:
             asked.MergeFrom(pb.SamplingParams(**{field.name: value}))
-    request = pb.GenerateRequest(request_id=request_id, stream=True, sampling_params=asked)
+    match params.constraint:
+        case Constraint("json_object"):
+            asked.json_object = True
+        case Constraint("choice"):
+            asked.choice.choices.extend(params.constraint.choices)
+        case Constraint():
+            setattr(asked, params.constraint.kind, params.constraint.text)
+    request = pb.GenerateRequest(request_id=request_id, sampling_params=asked)
     if isinstance(prompt, str):
         request.text = prompt
     else:
         request.tokenized.input_ids.extend(prompt)
-    return request, timeout
+    return request
 
 
-def _answer_text(tokenizer: Tokenizer | JaxmoeError, prompt: Prompt, stop: Sequence[str]) -> AnswerText | None:
+def _answer_text(
+    tokenizer: Tokenizer | JaxmoeError, prompt: Prompt, stop: Sequence[str], min_tokens: int
+) -> AnswerText | None:
     """tokenizer: or why there is none; that matters only to who sends text, or wants to have some."""
     if not isinstance(tokenizer, JaxmoeError):
-        return AnswerText(tokenizer, stop)
+        return AnswerText(tokenizer, stop, min_tokens=min_tokens)
     if isinstance(prompt, str) or stop or isinstance(tokenizer, UnavailableError):
         raise tokenizer
     return None
@@ -382,6 +424,12 @@ def _whole(deltas: Sequence[Delta]) -> Answer:
         tuple(token for delta in deltas for token in delta.token_ids),
         deltas[-1].finish_reason or "",
     )
+
+
+def _score(answer: pb.GenerateResponse) -> Score:
+    told = answer.complete.input_logprobs
+    values = (each.value if each.HasField("value") else None for each in told.token_logprobs)
+    return Score(tuple(told.token_ids), tuple(values))
 
 
 def _tokenizer(chunks: Any) -> Tokenizer:

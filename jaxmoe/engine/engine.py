@@ -15,6 +15,7 @@ from jaxmoe.engine.programs import Program
 from jaxmoe.engine.request import Output, Request, SamplingParams
 from jaxmoe.engine.runner import Runner
 from jaxmoe.engine.scheduler import RankLoad, Scheduler, StepPlan
+from jaxmoe.errors import InvalidRequestError
 
 
 class StepReport(NamedTuple):
@@ -124,6 +125,11 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Queues a request. Raises InvalidRequestError, QueueFullError or DuplicateRequestError and changes nothing."""
+        if request.params.n != 1:
+            raise InvalidRequestError(f"n={request.params.n}: this engine brings one sample a request; send 1", "n")
+        if request.params.constraint is not None:
+            request.params.validate(self.model.config.vocab_size)
+            self._runner.grammars.matcher(request.params.constraint)
         if request.params.seed is None:
             request = dataclasses.replace(
                 request, params=dataclasses.replace(request.params, seed=secrets.randbits(32))
@@ -131,10 +137,14 @@ class Engine:
         self._scheduler.submit(request)
         self._unstarted.add(request.id)
 
-    def cancel(self, request_id: str) -> bool:
-        """Ends a request and frees its pages; its last Output says "abort". False when no such request is live."""
-        self._unstarted.discard(request_id)
-        return self._scheduler.cancel(request_id)
+    def cancel(self, request_id: str, index: int | None = None) -> bool:
+        """Ends a request, or one of its samples, and frees the pages; its last Output says "abort".
+
+        False when no such request is live.
+        """
+        if index in (None, 0):
+            self._unstarted.discard(request_id)
+        return index in (None, 0) and self._scheduler.cancel(request_id)
 
     def step(self) -> list[Output]:
         """One step over everything that is live; [] when there is nothing to do. `last_step` then tells what it did."""

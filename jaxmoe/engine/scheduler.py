@@ -15,13 +15,13 @@ from typing import NamedTuple
 
 from jaxmoe.engine.config import EngineConfig
 from jaxmoe.engine.pages import PageGroup, PageTables, RankPages, pages_reached
-from jaxmoe.engine.request import Output, Request
+from jaxmoe.engine.request import Output, Request, Sampled
 from jaxmoe.errors import DuplicateRequestError, InvalidRequestError, QueueFullError
 
 NO_PAGES = PageTables(0)
 
 
-@dataclasses.dataclass(eq=False, slots=True)
+@dataclasses.dataclass(eq=False, slots=True, weakref_slot=True)
 class Sequence:
     """A live request and how far it has come.
 
@@ -168,8 +168,8 @@ class Scheduler:
             self._admit(prefills)
         return StepPlan(tuple(map(tuple, prefills)), tuple(map(tuple, decodes)))
 
-    def complete(self, plan: StepPlan, sampled: Mapping[str, tuple[int, float]]) -> list[Output]:
-        """Takes in what a step brought: `sampled` has token and logprob, by request id, for each chunk that samples."""
+    def complete(self, plan: StepPlan, sampled: Mapping[str, Sampled]) -> list[Output]:
+        """Takes in what a step brought: `sampled` has it by request id, for each chunk that samples."""
         outputs = list(self._aborted.values())
         self._aborted.clear()
         for sequence, start, length, samples in plan.chunks:
@@ -180,12 +180,14 @@ class Scheduler:
             self._pages[sequence.rank].trim(sequence.tables, sequence.num_computed)
             if not samples:
                 continue
-            token, logprob = sampled[request.id]
+            brought = sampled[request.id]
+            token = brought[0]
             sequence.tokens.append(token)
             reason = self._finish_reason(sequence)
             if reason:
                 self._end(sequence)
-            outputs.append(Output(request.id, (token,), (logprob,), reason, token if reason == "stop" else None))
+            stop_token = token if reason == "stop" else None
+            outputs.append(Output(request.id, (token,), (brought[1],), reason, stop_token, 0, *brought[2:]))
         return outputs
 
     def loads(self) -> list[RankLoad]:

@@ -43,6 +43,7 @@ class Timeline:
     prompt_tokens: int = 0
     tokens: int = 0
     max_tokens: int | None = None
+    samples: int = 1
 
 
 class Sample(NamedTuple):
@@ -89,9 +90,9 @@ class Metrics:
             model.generation_tokens.inc(generated)
 
     def tokens(self, timeline: Timeline, count: int, now: float) -> None:
-        """`count` tokens of a request have come, in one step."""
+        """`count` tokens of a request have come, in one step; those of its other samples may have come with them."""
         model = self._model
-        if model is not None and count:
+        if model is not None and count and now != timeline.last:
             if timeline.last is None:
                 timeline.first = now
                 model.first_token.observe(now - timeline.arrived)
@@ -123,8 +124,9 @@ class Metrics:
         model.prefill.observe(timeline.first - timeline.started)
         model.decode.observe(timeline.last - timeline.first)
         model.inference.observe(timeline.last - timeline.started)
-        if timeline.tokens > 1:
-            model.per_token.observe((timeline.last - timeline.first) / (timeline.tokens - 1))
+        of_a_sample = timeline.tokens / timeline.samples
+        if of_a_sample > 1:
+            model.per_token.observe((timeline.last - timeline.first) / (of_a_sample - 1))
 
     def refused(self, code: str) -> None:
         """code: the name of a gRPC status."""

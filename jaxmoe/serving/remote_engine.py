@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-from jaxmoe.engine.request import Output, Request, SamplingParams
+from jaxmoe.engine.request import Output, PromptLogprobs, Request, SamplingParams, TopLogprobs
 from jaxmoe.errors import (
     CheckpointError,
     DuplicateRequestError,
@@ -43,7 +43,7 @@ from jaxmoe.serving.link import (
 )
 from jaxmoe.serving.logs import fields
 from jaxmoe.serving.metrics import Metrics, Timeline
-from jaxmoe.serving.tokenization import Detokenizer, StopStrings, Tokenizer, read_files
+from jaxmoe.serving.tokenization import AnswerText, Tokenizer, read_files
 
 logger = logging.getLogger(__name__)
 
@@ -90,18 +90,53 @@ class Finish(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """The tokens that came since the last piece. finish: set on the last one."""
+    """What came of one sample since its last piece; see `jaxmoe.engine.request.Output`. finish: set on the last one."""
 
+    sample: int
     token_ids: list[int]
     logprobs: list[float]
+    top_logprobs: list[TopLogprobs]
+    prompt_logprobs: PromptLogprobs | None
     finish: Finish | None
+
+
+class Sample:
+    """What came of one sample of an answer and has not been read. answer: finds stop strings, if there are any."""
+
+    def __init__(self, answer: AnswerText | None) -> None:
+        self._answer = answer
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.top: list[TopLogprobs] = []
+        self.prompt: PromptLogprobs | None = None
+        self.finish: Finish | None = None
+
+    def push(self, output: Output) -> None:
+        count = len(output.token_ids)
+        if output.finish_reason is not None:
+            self.finish = Finish(output.finish_reason, output.stop_token)
+        if self._answer is not None:
+            for n, token in enumerate(output.token_ids, 1):
+                self._answer.push([token])
+                if self._answer.stopped:
+                    count, self.finish = n, Finish("stop", stop_string=self._answer.stop_string)
+                    break
+        self.tokens += output.token_ids[:count]
+        self.logprobs += output.logprobs[:count]
+        self.top += output.top_logprobs[:count]
+        if output.prompt_logprobs is not None:
+            self.prompt = output.prompt_logprobs
+
+    def take(self, index: int) -> Piece:
+        piece = Piece(index, self.tokens, self.logprobs, self.top, self.prompt, self.finish)
+        self.tokens, self.logprobs, self.top, self.prompt = [], [], [], None
+        return piece
 
 
 class Stream:
     """One request's tokens on their way to its reader.
 
-    stop: strings that end it, with the token that completes the first of them; `detokenizer` makes the text they are
-        looked for in.
+    answers: one for each sample. Stop strings end it, with the token that completes the first of them.
     max_backlog: fails with SlowReaderError once more tokens than this wait to be read; None for no limit.
     """
 
@@ -110,19 +145,15 @@ class Stream:
         request_id: str,
         key: str,
         *,
-        stop: Sequence[str] = (),
-        detokenizer: Detokenizer | None = None,
+        answers: Sequence[AnswerText | None] = (None,),
         max_backlog: int | None = None,
     ) -> None:
         self.request_id = request_id
         self.key = key  # its name at the engine
         self.timeline = Timeline(time.monotonic())
-        self._stops = StopStrings(stop)
-        self._detokenizer = detokenizer if stop else None
+        self._samples = [Sample(answer) for answer in answers]
+        self._unread: dict[int, None] = {}  # samples of which something waits to be read, in order
         self._max_backlog = max_backlog
-        self._tokens: list[int] = []
-        self._logprobs: list[float] = []
-        self._finish: Finish | None = None
         self._error: Exception | None = None
         self._news = asyncio.Event()
         self._scope: asyncio.Timeout | None = None
@@ -133,35 +164,37 @@ class Stream:
         """Why it ended: one of `metrics.REASONS`; "abort" if its reader left before."""
         if self._error is not None:
             return "error"
-        return self._finish.reason if self._finish is not None else "abort"
+        finish = self._samples[-1].finish
+        return finish.reason if finish is not None else "abort"
+
+    @property
+    def finished(self) -> bool:
+        """All samples have come to their ends."""
+        return all(sample.finish is not None for sample in self._samples)
 
     @property
     def ended(self) -> bool:
-        return self._finish is not None or self._error is not None
+        return self._error is not None or self.finished
 
-    def push(self, output: Output) -> None:
-        if self.ended:
-            return
-        count, finish = len(output.token_ids), None
-        if output.finish_reason is not None:
-            finish = Finish(output.finish_reason, output.stop_token)
-        if self._detokenizer is not None:
-            for n, token in enumerate(output.token_ids, 1):
-                self._stops.push(self._detokenizer.push(token))
-                if self._stops.matched is not None:
-                    count, finish = n, Finish("stop", stop_string=self._stops.matched)
-                    break
-        self._tokens += output.token_ids[:count]
-        self._logprobs += output.logprobs[:count]
-        self._finish = finish
-        if self._max_backlog is not None and len(self._tokens) > self._max_backlog:
-            self._cut(f"{len(self._tokens)} tokens of this stream wait to be read; read faster, or do not stream")
+    def push(self, output: Output) -> bool:
+        """Whether this ends the sample although the engine would go on with it."""
+        sample = self._samples[output.index]
+        if self._error is not None or sample.finish is not None:
+            return False
+        sample.push(output)
+        self._unread[output.index] = None
+        waiting = sum(len(each.tokens) for each in self._samples)
+        if self._max_backlog is not None and waiting > self._max_backlog:
+            self._cut(f"{waiting} tokens of this stream wait to be read; read faster, or do not stream")
         self._news.set()
+        return sample.finish is not None and output.finish_reason is None
 
     def abort(self) -> None:
-        if not self.ended:
-            self._finish = Finish("abort")
-            self._news.set()
+        for index, sample in enumerate(self._samples):
+            if sample.finish is None:
+                sample.finish = Finish("abort")
+                self._unread[index] = None
+        self._news.set()
 
     def fail(self, error: Exception) -> None:
         if not self.ended:
@@ -193,20 +226,21 @@ class Stream:
 
     def _cut(self, text: str) -> None:
         self._error = SlowReaderError(text)
-        self._tokens, self._logprobs = [], []
+        for index, sample in enumerate(self._samples):
+            sample.take(index)
         if self._scope is not None:
             self._scope.reschedule(0)
 
     async def read(self) -> Piece:
         """Waits until something has come. Raises the error that ended the stream, if one did."""
-        while not self._tokens and not self.ended:
+        while not self._unread and self._error is None:
             self._news.clear()
             await self._news.wait()
         if self._error is not None:
             raise self._error
-        piece = Piece(self._tokens, self._logprobs, self._finish)
-        self._tokens, self._logprobs = [], []
-        return piece
+        index = next(iter(self._unread))
+        del self._unread[index]
+        return self._samples[index].take(index)
 
 
 class RemoteEngine:
@@ -279,8 +313,7 @@ class RemoteEngine:
         request_id: str,
         *,
         streams: bool,
-        stop: Sequence[str] = (),
-        detokenizer: Detokenizer | None = None,
+        answers: Sequence[AnswerText | None] = (None,),
         caller: Caller = Caller(),  # noqa: B008 - immutable
     ) -> Iterator[Stream]:
         """A stream for a request to come, whose id is taken until the end of the block; by then the engine has left it.
@@ -302,7 +335,7 @@ class RemoteEngine:
                 "try again when one has ended"
             )
         max_backlog = self._max_backlog if streams else None
-        stream = Stream(request_id, str(next(self._keys)), stop=stop, detokenizer=detokenizer, max_backlog=max_backlog)
+        stream = Stream(request_id, str(next(self._keys)), answers=answers, max_backlog=max_backlog)
         self._open[request_id] = stream
         self._by_caller[caller.key] += 1
         self._idle.clear()
@@ -324,7 +357,8 @@ class RemoteEngine:
             return
         if not self._live:
             self._last_word = time.monotonic()
-        stream.timeline.prompt_tokens, stream.timeline.max_tokens = len(prompt), params.max_tokens
+        timeline = stream.timeline
+        timeline.prompt_tokens, timeline.max_tokens, timeline.samples = len(prompt), params.max_tokens, params.n
         self._live[stream.key] = stream
         self.link.send(Submit(Request(stream.key, tuple(prompt), params, rank)))
 
@@ -429,15 +463,17 @@ class RemoteEngine:
             stream = self._live.get(output.request_id)
             if stream is None:  # withdrawn; the engine did not know yet
                 continue
-            stream.push(output)
+            stopped_early = stream.push(output)
             self.metrics.tokens(stream.timeline, len(output.token_ids), now)
             if stream.ended:
                 stream.timeline.ended = now
                 stream.expect_reader(self._read_timeout)
-            if output.finish_reason is not None:
+            if stream.finished and output.finish_reason is not None:
                 del self._live[output.request_id]
             elif stream.ended:
                 stopped.append(stream)
+            elif stopped_early:
+                self.link.send(Cancel([stream.key], output.index))
         self._withdraw(stopped)
 
     def _withdraw(self, streams: Iterable[Stream]) -> None:

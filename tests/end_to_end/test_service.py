@@ -316,6 +316,23 @@ def test_top_and_the_client_see_the_same_server(service):
     assert "mixtral  serving" in ran.stdout
 
 
+def test_a_text_is_scored_as_its_tokens_are_told(service):
+    with jaxmoe.client.connect(service.address) as client:
+        text = "In the beginning"
+        score = client.score(text)
+        answer = client.generate(text, max_tokens=3, temperature=0)
+        whole = client.score([*score.token_ids, *answer.token_ids])
+        assert list(score.token_ids) == client.tokenizer.encode(text)
+    assert score.logprobs[0] is None
+    assert all(value <= 0 for value in score.logprobs[1:])
+    assert whole.logprobs[1 : len(score.logprobs)] == pytest.approx(score.logprobs[1:], abs=1e-4)
+    assert whole.total < score.total
+    told = service.ask({"text": text, "sampling_params": {"max_tokens": 3, "temperature": 0, "logprobs": 2}})
+    logprobs = told[0]["complete"]["output_logprobs"]
+    assert logprobs["token_logprobs"] == pytest.approx(whole.logprobs[-3:], abs=1e-4)
+    assert [len(top["values"]) for top in logprobs["top_logprobs"]] == [2, 2, 2]
+
+
 def test_log_lines_are_json_with_the_id_of_the_request(service):
     list(service.generate(text="secret text", max_tokens=2, request_id="logged\n"))
     deadline = time.monotonic() + 30
@@ -354,6 +371,25 @@ def test_openai_ends_before_a_stop_string(client, service):
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage.completion_tokens < 40  # the server stopped, not the gateway alone
     service.wait_until_free()
+
+
+def test_openai_is_told_log_probabilities(client):
+    asked = {"model": "mixtral", "messages": TALK, "max_completion_tokens": 6, "temperature": 1, "seed": 3}
+    (choice,) = client.chat.completions.create(**asked, logprobs=True, top_logprobs=3).choices
+    assert 0 < len(choice.logprobs.content) <= 6
+    assert all(len(each.top_logprobs) == 3 for each in choice.logprobs.content)
+
+
+def test_openai_gets_json_of_its_schema(client):
+    schema = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 99}}, "required": ["n"],
+              "additionalProperties": False}  # fmt: skip
+    answer = client.chat.completions.create(
+        model="mixtral",
+        messages=TALK,
+        max_completion_tokens=60,
+        response_format={"type": "json_schema", "json_schema": {"name": "n", "schema": schema}},
+    )
+    assert json.loads(answer.choices[0].message.content)["n"] <= 99
 
 
 def test_openai_is_told_of_a_prompt_that_is_too_long(client):
