@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import logging
 import secrets
 from collections.abc import Generator, Sequence
 from typing import NamedTuple
@@ -9,13 +10,18 @@ from typing import NamedTuple
 import jax
 
 from jaxmoe.engine.config import EngineConfig
+from jaxmoe.engine.kv_events import KvEventBatch
 from jaxmoe.engine.model import Model, Progress, no_progress
 from jaxmoe.engine.pages import PageGroup
 from jaxmoe.engine.programs import Program
 from jaxmoe.engine.request import Output, Request, SamplingParams
 from jaxmoe.engine.runner import Runner
-from jaxmoe.engine.scheduler import RankLoad, Scheduler, StepPlan
-from jaxmoe.errors import InvalidRequestError
+from jaxmoe.engine.scheduler import RankLoad, Scheduler, Stats, StepPlan
+
+log = logging.getLogger(__name__)
+
+# Steps that may fail one after the other before the engine gives up.
+MOST_FAILURES = 3
 
 
 class StepReport(NamedTuple):
@@ -38,12 +44,16 @@ class Counters(NamedTuple):
     preemptions: how often a sequence gave up its pages to an older one and was computed anew.
     programs, compile_seconds: compiled programs, and the wall time that each took, summed up.
     late_compiles: those of them that warm-up did not foresee.
+    failed_steps, queried_tokens, hit_tokens: see `jaxmoe.engine.scheduler.Stats`.
     """
 
     preemptions: int
     programs: int
     compile_seconds: float
     late_compiles: int
+    failed_steps: int
+    queried_tokens: int
+    hit_tokens: int
 
 
 class Engine:
@@ -72,6 +82,7 @@ class Engine:
         self._names = itertools.count()
         self._unstarted: set[str] = set()
         self.last_step = StepReport()
+        self._failures = 0
 
     @property
     def max_context(self) -> int:
@@ -86,7 +97,7 @@ class Engine:
     @property
     def cache_arrays(self) -> list[jax.Array]:
         """All arrays of KV pages."""
-        return jax.tree.leaves(self._runner.cache)
+        return self._runner.cache_arrays
 
     def describe(self) -> str:
         """One line for a log: the limits in force."""
@@ -125,8 +136,6 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Queues a request. Raises InvalidRequestError, QueueFullError or DuplicateRequestError and changes nothing."""
-        if request.params.n != 1:
-            raise InvalidRequestError(f"n={request.params.n}: this engine brings one sample a request; send 1", "n")
         if request.params.constraint is not None:
             request.params.validate(self.model.config.vocab_size)
             self._runner.grammars.matcher(request.params.constraint)
@@ -138,20 +147,58 @@ class Engine:
         self._unstarted.add(request.id)
 
     def cancel(self, request_id: str, index: int | None = None) -> bool:
-        """Ends a request, or one of its samples, and frees the pages; its last Output says "abort".
+        """Ends a request, or one of its samples, and frees the pages; the last Output of each says "abort".
 
-        False when no such request is live.
+        False when no such request or sample is live.
         """
-        if index in (None, 0):
+        if index is None:
             self._unstarted.discard(request_id)
-        return index in (None, 0) and self._scheduler.cancel(request_id)
+        return self._scheduler.cancel(request_id, index)
 
     def step(self) -> list[Output]:
-        """One step over everything that is live; [] when there is nothing to do. `last_step` then tells what it did."""
+        """One step over everything that is live; [] when there is nothing to do. `last_step` then tells what it did.
+
+        If the step fails, the requests that have a part in it end with "error" and all others are computed anew. Raises
+        what made it fail once MOST_FAILURES steps have failed one after the other, or if the KV cache cannot be remade:
+        then the engine is of no more use.
+        """
+        self.last_step = StepReport()
         plan = self._scheduler.schedule()
-        sampled = {} if plan.empty else self._runner.run(plan)
+        try:
+            sampled = {} if plan.empty else self._runner.run(plan)
+        except Exception as error:
+            return self._recover(plan, error)
+        if not plan.empty:
+            self._failures = 0
         self.last_step = self._report(plan)
         return self._scheduler.complete(plan, sampled)
+
+    def _recover(self, plan: StepPlan, error: Exception) -> list[Output]:
+        self._failures += 1
+        if self._failures >= MOST_FAILURES:
+            raise error
+        log.error("a step failed; its requests end, the KV cache is made anew", exc_info=error)
+        # The step may have taken the cache with it, which it was to update in place.
+        self._runner.reset_cache()
+        return self._scheduler.fail(
+            plan, f"the step failed with {type(error).__name__}; the engine's log has the details"
+        )
+
+    def clear_prefix_cache(self) -> None:
+        """Forgets all prefixes; requests under way go on."""
+        self._scheduler.clear_prefix_cache()
+
+    def kv_events(self) -> list[KvEventBatch]:
+        """What entered and left the prefix caches since the last call.
+
+        The first call, however late, tells all that is there, and so does every one after a pause too long for the
+        events to be kept: then they begin with "cleared".
+        """
+        return self._scheduler.kv_events()
+
+    def stats(self) -> Stats:
+        """Counts of requests, pages, preemptions, failed steps and tokens found in the prefix cache."""
+        return self._scheduler.stats()
 
     def loads(self) -> list[RankLoad]:
         """What each attention rank carries."""
@@ -160,7 +207,16 @@ class Engine:
     def counters(self) -> Counters:
         programs = self.programs
         seconds = sum(program.seconds for program in programs)
-        return Counters(self.num_preemptions, len(programs), seconds, self.late_compiles)
+        stats = self.stats()
+        return Counters(
+            stats.preemptions,
+            len(programs),
+            seconds,
+            self.late_compiles,
+            stats.failed_steps,
+            stats.queried_tokens,
+            stats.hit_tokens,
+        )
 
     def check_integrity(self) -> None:
         """Raises AssertionError if a page or a request is not where it should be."""
@@ -186,20 +242,24 @@ class Engine:
     ) -> Generator[Output, None, None]:
         """Continues all prompts together and yields what each step brings; `request_id` is the prompt's index as text.
 
-        Closing the iterator early cancels what is still running.
+        Closing the iterator early cancels what is still running. Raises RuntimeError if a step fails.
         """
         ids = {f"generate-{next(self._names)}": str(index) for index in range(len(prompts))}
-        live: set[str] = set()
+        live: dict[str, int] = {}  # samples to come to their ends
         try:
             for (request_id, _), prompt in zip(ids.items(), prompts, strict=True):
                 self.submit(Request(request_id, tuple(int(token) for token in prompt), params))
-                live.add(request_id)
+                live[request_id] = params.n
             while live:
                 for output in self.step():
                     if output.request_id not in ids:
                         continue
                     if output.finish_reason:
-                        live.discard(output.request_id)
+                        live[output.request_id] -= 1
+                        if not live[output.request_id]:
+                            del live[output.request_id]
+                    if output.error:
+                        raise RuntimeError(output.error)
                     yield dataclasses.replace(output, request_id=ids[output.request_id])
         finally:
             for request_id in live:

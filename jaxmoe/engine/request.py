@@ -9,6 +9,7 @@ from jaxmoe.errors import InvalidRequestError
 
 MOST_LOGPROBS = 20  # alternatives told for a position
 MOST_SAMPLES = 128
+MOST_PRIORITY = 100
 
 ConstraintKind: TypeAlias = Literal["json_schema", "json_object", "regex", "grammar", "choice", "structural_tag"]
 TopLogprobs: TypeAlias = tuple[tuple[int, float], ...]
@@ -121,21 +122,28 @@ class SamplingParams:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One prompt to continue. `rank` pins it to an attention rank; None lets the scheduler choose."""
+    """One prompt to continue.
+
+    rank: pins it to an attention rank; None lets the scheduler choose.
+    priority: the lower, the sooner, from -MOST_PRIORITY to MOST_PRIORITY.
+    """
 
     id: str
     prompt: tuple[int, ...]
     params: SamplingParams = SamplingParams()
     rank: int | None = None
+    priority: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """What one step brought for one request.
+    """What one step brought for one request, or for one of its samples.
 
     finish_reason: None while the request goes on, else "stop" (an end-of-sequence or stop token, which is the last of
-    `token_ids` and named by `stop_token`), "length" (max_tokens or the context limit) or "abort".
+    `token_ids` and named by `stop_token`), "length" (max_tokens or the context limit), "abort", or "error": the step
+    failed, as `error` says.
     index: which of the request's n samples; each ends for itself.
+    cached_tokens: so many of the prompt's were found in the prefix cache when it first ran.
     top_logprobs: for every token, the most likely ones and their log-probabilities, the likeliest first; empty unless
         `SamplingParams.logprobs` asks for some.
     prompt_logprobs: with the first token, if asked for: log-probability and most likely tokens of each token of the
@@ -150,6 +158,8 @@ class Output:
     index: int = 0
     top_logprobs: tuple[TopLogprobs, ...] = ()
     prompt_logprobs: PromptLogprobs | None = None
+    error: str = ""
+    cached_tokens: int = 0
 
 
 class Sampled(NamedTuple):

@@ -20,7 +20,7 @@ from jaxmoe.engine.prompt_logprobs import PromptReports
 from jaxmoe.engine.request import Sampled
 from jaxmoe.engine.scheduler import Sequence, StepPlan
 from jaxmoe.errors import ConfigError
-from jaxmoe.models.kv_cache import bytes_per_page, make_cache
+from jaxmoe.models.kv_cache import KVCache, bytes_per_page, make_cache
 from jaxmoe.sharding.devices import use_huge_pages
 from jaxmoe.spans import FULL
 
@@ -28,7 +28,6 @@ from jaxmoe.spans import FULL
 class Runner:
     """Owns the KV cache and the compiled steps of one model.
 
-    cache: given to each step, which updates it in place.
     device_seconds: how long the last `run` launched programs and waited for what they sampled.
     """
 
@@ -41,13 +40,12 @@ class Runner:
                 f"max_context={self.max_context} is beyond the model's {limit} positions; use at most {limit}"
             )
         self.groups = page_groups(model, config, self.max_context)
-        pages = tuple(group.pages_per_rank for group in self.groups)
-        self.cache = make_cache(model.config, model.mesh, model.rules, pages, config.page_size, model.dtype)
-        use_huge_pages(self.cache)
+        self._page_size = config.page_size
+        self._cache = self._make_cache()
         self._packing = Packing(model.config.spans, config.page_size)
         economy = READ_IN_USE if model.execution.kernels == "native" else GATHERED
         self._buckets = Buckets(config, self.max_context, self._packing, economy)
-        self.executables = Executables(model, self.cache, self._packing)
+        self.executables = Executables(model, self._cache, self._packing)
         self.grammars = Grammars(model.folder, model.config.vocab_size, model.eos_token_ids)
         self._adjuster = Adjuster(model.config.vocab_size, model.eos_token_ids, self.grammars)
         self._prompts = PromptReports()
@@ -57,10 +55,28 @@ class Runner:
                 beside.submit(self.grammars.prepare)
                 self.executables.warm_up(self._buckets, progress)
 
+    def reset_cache(self) -> None:
+        """Makes the KV cache anew, whatever has become of the one before, and empty."""
+        for array in jax.tree.leaves(self._cache):  # two might not fit
+            if not array.is_deleted():
+                array.delete()
+        self._cache = self._make_cache()
+
+    def _make_cache(self) -> KVCache:
+        model, pages = self.model, tuple(group.pages_per_rank for group in self.groups)
+        cache = make_cache(model.config, model.mesh, model.rules, pages, self._page_size, model.dtype)
+        use_huge_pages(cache)
+        return cache
+
+    @property
+    def cache_arrays(self) -> list[jax.Array]:
+        """All arrays of KV pages."""
+        return jax.tree.leaves(self._cache)
+
     @property
     def cache_bytes(self) -> int:
         """Bytes of KV cache of one attention rank, over its `tp` devices; what all of these hold counts once."""
-        return sum(array.nbytes for array in jax.tree.leaves(self.cache)) // self.model.num_ranks
+        return sum(array.nbytes for array in jax.tree.leaves(self._cache)) // self.model.num_ranks
 
     def describe_dispatch(self) -> str:
         """How the programs' mixtures dispatch, by tokens a rank; "" where one device has all experts."""
@@ -104,7 +120,7 @@ class Runner:
         programs = self.executables
         packed = self._packing.pack(shape, ranks)
         began = time.monotonic()
-        self.cache, logits, sampling, hidden = programs.forward(shape, self.cache, packed)
+        self._cache, logits, sampling, hidden = programs.forward(shape, self._cache, packed)
         self.device_seconds += time.monotonic() - began
         adjusted = logits
         for packed in self._adjuster.pack(shape.batch, ranks):

@@ -39,6 +39,9 @@ class ProfiledEngine:
     def loads(self) -> Iterable[RankLoad]:
         return self._engine.loads()
 
+    def clear_prefix_cache(self) -> None:
+        self._engine.clear_prefix_cache()
+
     def counters(self) -> Counters:
         return self._engine.counters()
 

@@ -894,7 +894,7 @@ struct Paged {
   }
 };
 
-// Where attention finds the key and value of a token, for one key-value head of one sequence.
+// Where attention finds the key and value of a token, for key-value heads of one sequence, side by side.
 template <typename X>
 struct PagedSource {
   const Paged& paged;
@@ -905,11 +905,10 @@ struct PagedSource {
   int64_t value_stride, value_dim;
   bool shared;  // values are the first numbers of their keys
 
-  void operator()(int64_t at, float* key, float* value) const {
+  void operator()(int64_t at, int head, float* key, float* value) const {
     int64_t token = paged.Place(sequence, at);
-    const X* from = keys + token * key_stride;
-    Copy(from, key_dim, key);
-    if (!shared) Copy(values + token * value_stride, value_dim, value);
+    Copy(keys + token * key_stride + head * key_dim, key_dim, key);
+    if (!shared) Copy(values + token * value_stride + head * value_dim, value_dim, value);
   }
 };
 
@@ -924,8 +923,8 @@ struct LatentSource {
   int64_t entry_stride, rope_dim;
   bool shared;
 
-  void operator()(int64_t at, float* key, float* value) const {
-    const float* from = made + at * made_stride;
+  void operator()(int64_t at, int head, float* key, float* value) const {
+    const float* from = made + at * made_stride + head * (nope_dim + value_dim);
     std::memcpy(key, from, nope_dim * sizeof(float));
     std::memcpy(value, from + nope_dim, value_dim * sizeof(float));
     const X* entry = rotated + paged.Place(sequence, at) * entry_stride;
@@ -933,29 +932,25 @@ struct LatentSource {
   }
 };
 
-// One group of queries [tokens * group] of a sequence and key-value head against the keys that each sees.
+// Queries [tokens * group] of a sequence and of each of some key-value heads, against the keys that each sees. Of several
+// heads a token's keys are read together, as they lie.
 template <typename X, typename Source>
-void AttendTask(const X* query, int64_t heads, int64_t head_dim, int64_t value_dim, int group, int tokens,
-                const int32_t* positions, const Source& source, int32_t first, float scale, Span span,
-                int64_t span_size, X* out) {
+void AttendTask(const X* query, int64_t heads, int64_t head_dim, int64_t value_dim, int kv_heads, int group,
+                int tokens, const int32_t* positions, const Source& source, int32_t first, float scale,
+                Span span, int64_t span_size, X* out) {
   int queries = tokens * group;
   int cols = queries <= kLanes ? kLanes : queries <= kPair ? kPair : (queries + kPanel - 1) / kPanel * kPanel;
   int panel = std::min(cols, kPanel), panels = cols / panel, vecs = panel / kLanes;
   // By panels: queries [panels, d, panel], sums [panels, dv, panel], scores [panels, kKeyBlock, panel].
-  int64_t block_floats = static_cast<int64_t>(kKeyBlock) * (head_dim + value_dim);
-  float* transposed = Local((head_dim + value_dim + kKeyBlock + 2) * cols + block_floats, 1);
-  float* sums = transposed + head_dim * cols;
-  float* scores = sums + value_dim * cols;
-  float* largest = scores + kKeyBlock * cols;
-  float* total = largest + cols;
-  float* key_block = total + cols;
-  float* value_block = key_block + kKeyBlock * head_dim;
+  int64_t key_floats = static_cast<int64_t>(kKeyBlock) * head_dim, value_floats = kKeyBlock * value_dim;
+  int64_t held = (head_dim + value_dim + 2) * cols;  // of a head, beside its block
+  float* scores = Local(kKeyBlock * cols + kv_heads * (held + key_floats + value_floats), 1);
+  float* of_heads = scores + kKeyBlock * cols;
+  float* key_blocks = of_heads + kv_heads * held;
+  float* value_blocks = key_blocks + kv_heads * key_floats;
   int32_t low[kQueryCols + kPanel], high[kQueryCols + kPanel];
-  std::memset(sums, 0, value_dim * cols * sizeof(float));
   int32_t from = INT32_MAX, to = -1, all_from = -1, all_to = INT32_MAX;
   for (int q = 0; q < cols; ++q) {
-    largest[q] = -1e30f;
-    total[q] = 0.0f;
     int32_t position = q < queries ? positions[q / group] : -1;
     low[q] = INT32_MAX;
     high[q] = -1;
@@ -969,20 +964,38 @@ void AttendTask(const X* query, int64_t heads, int64_t head_dim, int64_t value_d
     }
     all_from = std::max(all_from, low[q]);
     all_to = std::min(all_to, high[q]);
-    float* column = transposed + q / panel * head_dim * panel + q % panel;
-    const X* row = query + q / group * heads * head_dim + q % group * head_dim;
-    for (int64_t i = 0; i < head_dim; ++i) column[i * panel] = q < queries ? Widen(row[i]) * scale : 0.0f;
+  }
+  for (int head = 0; head < kv_heads; ++head) {
+    float* transposed = of_heads + head * held;
+    float* sums = transposed + head_dim * cols;
+    std::memset(sums, 0, value_dim * cols * sizeof(float));
+    std::fill_n(sums + value_dim * cols, cols, -1e30f);      // largest
+    std::fill_n(sums + (value_dim + 1) * cols, cols, 0.0f);  // total
+    for (int q = 0; q < cols; ++q) {
+      float* column = transposed + q / panel * head_dim * panel + q % panel;
+      const X* row = query + (q / group * heads + head * group + q % group) * head_dim;
+      for (int64_t i = 0; i < head_dim; ++i) column[i * panel] = q < queries ? Widen(row[i]) * scale : 0.0f;
+    }
   }
   for (int32_t begin = from / kKeyBlock * kKeyBlock; begin <= to; begin += kKeyBlock) {
     int32_t start = std::max(begin, first), stop = std::min(begin + kKeyBlock, to + 1);
     int count = stop - start;
     if (count <= 0) continue;
-    for (int i = 0; i < count; ++i) source(start - first + i, key_block + i * head_dim, value_block + i * value_dim);
-    const float* block = source.shared ? key_block : value_block;
+    for (int i = 0; i < count; ++i)
+      for (int head = 0; head < kv_heads; ++head)
+        source(start - first + i, head, key_blocks + head * key_floats + i * head_dim,
+               value_blocks + head * value_floats + i * value_dim);
     int64_t block_stride = source.shared ? head_dim : value_dim;
     bool masks = start < all_from || stop - 1 > all_to;
     int key_rows = EvenRows(count, vecs), value_rows = EvenRows(static_cast<int>(value_dim), vecs);
-    for (int p = 0; p < panels; ++p) {
+    for (int part = 0; part < kv_heads * panels; ++part) {
+      int head = part / panels, p = part % panels;
+      const float* transposed = of_heads + head * held;
+      float* sums = of_heads + head * held + head_dim * cols;
+      float* largest = sums + value_dim * cols;
+      float* total = largest + cols;
+      const float* key_block = key_blocks + head * key_floats;
+      const float* block = source.shared ? key_block : value_blocks + head * value_floats;
       float* of_panel = scores + static_cast<ptrdiff_t>(p) * kKeyBlock * panel;
       const float* of_queries = transposed + p * head_dim * panel;
       for (int i = 0; i < count; i += key_rows) {
@@ -1030,11 +1043,15 @@ void AttendTask(const X* query, int64_t heads, int64_t head_dim, int64_t value_d
       }
     }
   }
-  for (int q = 0; q < queries; ++q) {
-    X* row = out + q / group * heads * value_dim + q % group * value_dim;
-    const float* column = sums + q / panel * value_dim * panel + q % panel;
-    float share = total[q] > 0.0f ? 1.0f / total[q] : 0.0f;
-    for (int64_t i = 0; i < value_dim; ++i) Narrow(column[i * panel] * share, row + i);
+  for (int head = 0; head < kv_heads; ++head) {
+    const float* sums = of_heads + head * held + head_dim * cols;
+    const float* total = sums + (value_dim + 1) * cols;
+    for (int q = 0; q < queries; ++q) {
+      X* row = out + (q / group * heads + head * group + q % group) * value_dim;
+      const float* column = sums + q / panel * value_dim * panel + q % panel;
+      float share = total[q] > 0.0f ? 1.0f / total[q] : 0.0f;
+      for (int64_t i = 0; i < value_dim; ++i) Narrow(column[i * panel] * share, row + i);
+    }
   }
 }
 
@@ -1048,15 +1065,22 @@ void AttendOf(Team& team, const X* query, ffi::AnyBuffer::Dimensions shape, cons
   while (group % together) --together;
   int64_t at_once = std::max<int64_t>(1, kQueryCols / together);
   int64_t tiles = (tokens + at_once - 1) / at_once, parts = heads / together;
+  // With few queries it is keys that take the time: heads stay together as long as all threads have something to do.
+  int64_t kv_together = 1;
+  if (tokens * group <= kLanes) {
+    for (kv_together = kv_heads; kv_heads % kv_together || batch * kv_heads / kv_together < std::min<int64_t>(
+             4 * team.size(), batch * kv_heads);) --kv_together;
+    parts = kv_heads / kv_together;
+  }
   team.Run(batch * parts * tiles, [&](int64_t task) {
     // The last queries see most keys: they go first, so that no thread is left with a long one.
     int64_t tile = tiles - 1 - task / (batch * parts), part = task % parts, sequence = task / parts % batch;
-    int64_t token = tile * at_once, head = part * together;
+    int64_t token = tile * at_once, head = part * together * kv_together;
     int count = static_cast<int>(std::min(at_once, tokens - token));
     int64_t row = (sequence * tokens + token) * heads + head;
-    AttendTask<X>(query + row * key_dim, heads, key_dim, value_dim, together, count,
-                  positions + sequence * tokens + token, make_source(sequence, head / group), first[sequence], scale,
-                  span, span_size, out + row * value_dim);
+    AttendTask<X>(query + row * key_dim, heads, key_dim, value_dim, kv_together, together, count,
+                  positions + sequence * tokens + token, make_source(sequence, head / group), first[sequence],
+                  scale, span, span_size, out + row * value_dim);
   });
 }
 

@@ -13,6 +13,7 @@ from jaxmoe.serving.link import (
     AskLoads,
     AskTable,
     Cancel,
+    ClearPrefixCache,
     EngineLink,
     Fatal,
     LinkClosed,
@@ -64,6 +65,12 @@ class EngineCounters(Protocol):
     def compile_seconds(self) -> float: ...
     @property
     def late_compiles(self) -> int: ...
+    @property
+    def failed_steps(self) -> int: ...
+    @property
+    def queried_tokens(self) -> int: ...
+    @property
+    def hit_tokens(self) -> int: ...
 
 
 class EngineLike(Protocol):
@@ -78,6 +85,7 @@ class EngineLike(Protocol):
     def step(self) -> list[Output]: ...
     def loads(self) -> Iterable[EngineRankLoad]: ...
     def counters(self) -> EngineCounters: ...
+    def clear_prefix_cache(self) -> None: ...
 
 
 def serve_engine(
@@ -111,6 +119,9 @@ def serve_engine(
                         link.send(_loads(engine))
                     case AskTable():
                         threading.Thread(target=_make_table, args=(tables, frame, link), daemon=True).start()
+                    case ClearPrefixCache(number):
+                        engine.clear_prefix_cache()
+                        link.send(Table(number))
                     case Serving():
                         on_serving()
             if engine.has_work:
@@ -175,5 +186,13 @@ def _loads(engine: EngineLike) -> Loads:
 
 def _report(engine: EngineLike) -> Report:
     now = engine.counters()
-    totals = Totals(now.preemptions, now.programs, now.compile_seconds, now.late_compiles)
+    totals = Totals(
+        now.preemptions,
+        now.programs,
+        now.compile_seconds,
+        now.late_compiles,
+        now.failed_steps,
+        now.queried_tokens,
+        now.hit_tokens,
+    )
     return Report(_loads(engine).ranks, totals)

@@ -108,6 +108,9 @@ class Totals(msgspec.Struct, frozen=True, array_like=True):
     programs: int = 0
     compile_seconds: float = 0.0
     late_compiles: int = 0
+    failed_steps: int = 0
+    queried_tokens: int = 0
+    hit_tokens: int = 0
 
 
 class Frame(msgspec.Struct, array_like=True, tag=True):
@@ -135,6 +138,12 @@ class AskTable(Frame):
     number: int
     name: str
     argument: str
+
+
+class ClearPrefixCache(Frame):
+    """Answered with an empty `Table` of the same number, when it is done."""
+
+    number: int
 
 
 class Bound(Frame):
@@ -208,7 +217,7 @@ class Fatal(Frame):
     message: str
 
 
-ToEngine: TypeAlias = Submit | Cancel | AskLoads | AskTable | Bound | BindFailed | Serving
+ToEngine: TypeAlias = Submit | Cancel | AskLoads | AskTable | ClearPrefixCache | Bound | BindFailed | Serving
 ToFrontend: TypeAlias = Progress | Ready | Outputs | Rejected | Loads | Report | Table | Fatal
 
 _F = TypeVar("_F")

@@ -33,6 +33,7 @@ class Timeline:
     """When what happened to a request, in seconds of the monotonic clock; None: not yet.
 
     started: the step began that computed its first tokens. first, last: the first and the newest token came.
+    tokens: of all samples. cached_tokens: of the prompt, found in the prefix cache.
     """
 
     arrived: float
@@ -44,6 +45,7 @@ class Timeline:
     tokens: int = 0
     max_tokens: int | None = None
     samples: int = 1
+    cached_tokens: int = 0
 
 
 class Sample(NamedTuple):
@@ -212,6 +214,9 @@ class _EngineCollector(Collector):
         totals = report.totals
         for title, text, value in (
             ("vllm:num_preemptions", "Sequences that gave up their pages to an older one", totals.preemptions),
+            ("vllm:prefix_cache_queries", "Tokens of prompts looked for in the prefix cache", totals.queried_tokens),
+            ("vllm:prefix_cache_hits", "Those of them that were found", totals.hit_tokens),
+            ("jaxmoe:failed_steps", "Steps that failed, and their requests with them", totals.failed_steps),
             ("jaxmoe:compiled_programs", "Step programs compiled", totals.programs),
             ("jaxmoe:compile_seconds", "Wall time of each compilation, summed up", totals.compile_seconds),
             ("jaxmoe:late_compiles", "Compilations that warm-up did not foresee: 0", totals.late_compiles),

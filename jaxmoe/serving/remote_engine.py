@@ -10,7 +10,7 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from jaxmoe.engine.request import Output, PromptLogprobs, Request, SamplingParams, TopLogprobs
@@ -25,6 +25,7 @@ from jaxmoe.serving.link import (
     AskLoads,
     AskTable,
     Cancel,
+    ClearPrefixCache,
     Fatal,
     FrontendLink,
     Loads,
@@ -39,6 +40,7 @@ from jaxmoe.serving.link import (
     Step,
     Submit,
     Table,
+    ToEngine,
     ToFrontend,
 )
 from jaxmoe.serving.logs import fields
@@ -383,11 +385,25 @@ class RemoteEngine:
 
     async def table(self, name: str, argument: str = "") -> bytes:
         """A message of `jaxmoe.v1`, serialized, that the engine's process makes; that may take it seconds."""
+        return await self._answered(lambda number: AskTable(number, name, argument))
+
+    async def clear_prefix_cache(self, timeout: float) -> bool:
+        """Waits so many seconds until no request is open; whether the cache was cleared then."""
+        if self._open:
+            try:
+                await asyncio.wait_for(self._idle.wait(), timeout)
+            except TimeoutError:
+                return False
+        await self._answered(ClearPrefixCache)
+        return True
+
+    async def _answered(self, ask: Callable[[int], ToEngine]) -> bytes:
+        """What the engine answers to a frame with a number."""
         if self._info is None or self.phase is Phase.ENDED:
             raise UnavailableError(self.reason)
         number = next(self._keys)
         self._tables[number] = asyncio.get_running_loop().create_future()
-        self.link.send(AskTable(number, name, argument))
+        self.link.send(ask(number))
         try:
             return await self._tables[number]
         finally:
@@ -463,7 +479,12 @@ class RemoteEngine:
             stream = self._live.get(output.request_id)
             if stream is None:  # withdrawn; the engine did not know yet
                 continue
-            stopped_early = stream.push(output)
+            stopped_early = False
+            if output.finish_reason == "error":
+                stream.fail(EngineFailedError(output.error))
+            else:
+                stopped_early = stream.push(output)
+            stream.timeline.cached_tokens = max(stream.timeline.cached_tokens, output.cached_tokens)
             self.metrics.tokens(stream.timeline, len(output.token_ids), now)
             if stream.ended:
                 stream.timeline.ended = now
@@ -498,6 +519,7 @@ class RemoteEngine:
                 trace_id=trace,
                 finish_reason=reason,
                 prompt_tokens=timeline.prompt_tokens,
+                cached_tokens=timeline.cached_tokens,
                 completion_tokens=timeline.tokens,
                 time_to_first_token=first,
                 seconds=round(timeline.ended - timeline.arrived, 6),

@@ -49,6 +49,7 @@ _MAX_STOP_LENGTH = 512
 _MAX_CONSTRAINT = 1 << 18
 _TOKENIZER_CHUNK = 1 << 20
 _STATUS_TIMEOUT = 1.0
+_LONGEST_WAIT = 3600.0
 
 _STATUS: dict[type[Exception], grpc.StatusCode] = {
     InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
@@ -209,8 +210,17 @@ class Servicer(VllmEngineServicer):
     async def Embed(self, request: Any, context: grpc.aio.ServicerContext) -> NoReturn:
         await _unimplemented(context, "this server generates tokens; it makes no embeddings")
 
-    async def FlushCache(self, request: Any, context: grpc.aio.ServicerContext) -> NoReturn:
-        await _unimplemented(context, "this version has no prefix cache to flush")
+    async def FlushCache(
+        self, request: common_pb2.FlushCacheRequest, context: grpc.aio.ServicerContext
+    ) -> common_pb2.FlushCacheResponse:
+        try:
+            done = await self._engine.clear_prefix_cache(min(max(0.0, request.timeout_s), _LONGEST_WAIT))
+        except (UnavailableError, EngineFailedError) as error:
+            await abort(context, error)
+        if done:
+            return common_pb2.FlushCacheResponse(success=True, message="the prefix cache is empty")
+        text = f"{self._engine.num_open} requests are open; flush when they have ended, or give it more seconds to wait"
+        return common_pb2.FlushCacheResponse(success=False, message=text)
 
     async def StartProfile(self, request: Any, context: grpc.aio.ServicerContext) -> NoReturn:
         await _unimplemented(context, "this version has no profiling over gRPC")
@@ -321,6 +331,7 @@ async def _send_stream(
             chunk = pb.GenerateStreamChunk(
                 token_ids=piece.token_ids,
                 prompt_tokens=len(prompt),
+                cached_tokens=stream.timeline.cached_tokens,
                 completion_tokens=len(piece.token_ids),
                 index=piece.sample,
             )
@@ -328,7 +339,7 @@ async def _send_stream(
             await context.write(pb.GenerateResponse(chunk=chunk))
         if piece.finish is not None:
             left -= 1
-            complete = _complete(piece.finish, piece.sample, len(prompt), totals[piece.sample])
+            complete = _complete(piece.finish, piece.sample, stream, totals[piece.sample])
             await context.write(pb.GenerateResponse(complete=complete))
 
 
@@ -349,7 +360,7 @@ async def _send_whole(
         _add_logprobs(whole, piece, prompt, params, logprobs=logprobs)
         if piece.finish is not None:
             left -= 1
-            whole.MergeFrom(_complete(piece.finish, piece.sample, len(prompt), len(whole.output_ids)))
+            whole.MergeFrom(_complete(piece.finish, piece.sample, stream, len(whole.output_ids)))
             await context.write(pb.GenerateResponse(complete=whole))
 
 
@@ -381,11 +392,12 @@ def _top(top: TopLogprobs) -> pb.TopLogProbs:
     return pb.TopLogProbs(values=[value for _, value in top], token_ids=[token for token, _ in top])
 
 
-def _complete(finish: Finish, index: int, prompt_tokens: int, completion_tokens: int) -> pb.GenerateComplete:
+def _complete(finish: Finish, index: int, stream: Stream, completion_tokens: int) -> pb.GenerateComplete:
     return pb.GenerateComplete(
         index=index,
         finish_reason=finish.reason,
-        prompt_tokens=prompt_tokens,
+        prompt_tokens=stream.timeline.prompt_tokens,
+        cached_tokens=stream.timeline.cached_tokens,
         completion_tokens=completion_tokens,
         matched_token_id=finish.stop_token,
         matched_stop_str=finish.stop_string,

@@ -18,6 +18,7 @@ import grpc
 import openai
 import pytest
 from google.rpc import error_details_pb2, status_pb2
+from smg_grpc_proto.generated import common_pb2
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from smg_grpc_proto.generated.vllm_engine_pb2_grpc import VllmEngineStub
 
@@ -373,11 +374,29 @@ def test_openai_ends_before_a_stop_string(client, service):
     service.wait_until_free()
 
 
-def test_openai_is_told_log_probabilities(client):
+def test_openai_gets_samples_with_log_probabilities(client):
     asked = {"model": "mixtral", "messages": TALK, "max_completion_tokens": 6, "temperature": 1, "seed": 3}
-    (choice,) = client.chat.completions.create(**asked, logprobs=True, top_logprobs=3).choices
-    assert 0 < len(choice.logprobs.content) <= 6
-    assert all(len(each.top_logprobs) == 3 for each in choice.logprobs.content)
+    choices = client.chat.completions.create(**asked, n=2, logprobs=True, top_logprobs=3).choices
+    assert [choice.index for choice in choices] == [0, 1]
+    for choice in choices:
+        assert 0 < len(choice.logprobs.content) <= 6
+        assert all(len(each.top_logprobs) == 3 for each in choice.logprobs.content)
+
+
+def test_a_prompt_that_was_asked_before_is_found_until_the_cache_is_flushed(service):
+    def cached():
+        (answer,) = service.generate(
+            text="In the beginning was the word, and the word was with the king" * 2, max_tokens=2
+        )
+        return answer.complete.cached_tokens
+
+    assert service.stub.FlushCache(common_pb2.FlushCacheRequest(timeout_s=20), timeout=30).success
+    assert cached() == 0
+    assert cached() >= 16
+    assert service.stub.FlushCache(common_pb2.FlushCacheRequest(timeout_s=20), timeout=30).success
+    assert cached() == 0
+    hits = service.admin.GetMetrics(admin_pb2.GetMetricsRequest(prefix="vllm:prefix_cache_hits_total")).samples
+    assert sum(sample.value for sample in hits) >= 16
 
 
 def test_openai_gets_json_of_its_schema(client):

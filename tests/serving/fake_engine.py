@@ -31,6 +31,9 @@ def model_info(model_path, **changes):
     return ModelInfo(**fields | changes)
 
 
+NOTHING = SimpleNamespace(started=(), prefill_tokens=0, sequences=0, device_seconds=0.0)
+
+
 @dataclasses.dataclass
 class Live:
     request: object
@@ -39,23 +42,27 @@ class Live:
 
 
 class FakeEngine:
-    """pace: seconds a step takes. crash: the next step raises. gate: steps wait for it."""
+    """pace: seconds a step takes. gate: steps wait for it.
+
+    crash: the next step raises. failing: it fails and says so, and the engine goes on.
+    """
 
     def __init__(self, info, pace=0.0):
         self.info = info
         self.pace = pace
-        self.crash = False
+        self.crash = self.failing = False
         self.gate = threading.Event()
         self.gate.set()
         self.submitted = []
         self.begun = []
+        self.flushes = 0
         self.cancelled = []
         self.refusal = None
         self._news = threading.Condition()
         self._live = {}
         self._waiting = []
         self._aborted = []
-        self.last_step = None
+        self.last_step = NOTHING
 
     @property
     def has_work(self):
@@ -92,6 +99,11 @@ class FakeEngine:
             threading.Event().wait(self.pace)
         if self.crash:
             raise RuntimeError("secret detail of the crash")
+        if self.failing:
+            self.failing, failed = False, [name for name, _ in self._live]
+            failed += [live.request.id for live in self._waiting]
+            self._live, self._waiting, self.last_step = {}, [], NOTHING
+            return [Output(key, (), (), "error", error="the step failed with SomeError") for key in failed]
         with self._news:
             outputs, self._aborted = self._aborted, []
             started, prefilled = [], 0
@@ -117,8 +129,19 @@ class FakeEngine:
         idle = [RankLoad(0, 0, 0, PAGES)] * (self.info.num_ranks - 1)
         return [RankLoad(len(lengths), 0, used, PAGES), *idle]
 
+    def clear_prefix_cache(self):
+        self.flushes += 1
+
     def counters(self):
-        return SimpleNamespace(preemptions=3, programs=7, compile_seconds=2.5, late_compiles=0)
+        return SimpleNamespace(
+            preemptions=3,
+            programs=7,
+            compile_seconds=2.5,
+            late_compiles=0,
+            failed_steps=1,
+            queried_tokens=40,
+            hit_tokens=30,
+        )
 
     def wait_until(self, predicate):
         with self._news:

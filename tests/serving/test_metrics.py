@@ -48,6 +48,9 @@ def test_a_scrape_tells_what_was_served(checkpoint):
     assert of_model(told, "vllm:e2e_request_latency_seconds_count") == 2
     assert of_model(told, "vllm:request_generation_tokens_sum") == 12
     assert of_model(told, "vllm:num_preemptions_total") == 3
+    assert of_model(told, "vllm:prefix_cache_queries_total") == 40
+    assert of_model(told, "vllm:prefix_cache_hits_total") == 30
+    assert of_model(told, "jaxmoe:failed_steps_total") == 1
     assert of_model(told, "jaxmoe:compiled_programs_total") == 7
     assert of_model(told, "jaxmoe:late_compiles_total") == 0
     assert of_model(told, "jaxmoe:step_host_seconds_count") == of_model(told, "jaxmoe:step_seconds_count") == 12

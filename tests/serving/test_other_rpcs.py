@@ -69,7 +69,6 @@ def test_the_tokenizer_comes_over_the_wire(server, checkpoint):
     ("method", "request_type"),
     [
         ("Embed", pb.EmbedRequest),
-        ("FlushCache", common_pb2.FlushCacheRequest),
         ("StartProfile", common_pb2.StartProfileRequest),
         ("StopProfile", common_pb2.StopProfileRequest),
     ],
@@ -79,6 +78,22 @@ def test_what_is_not_there_says_so(server, method, request_type):
         getattr(server.stub, method)(request_type(), timeout=30)
     assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
     assert "this" in error.value.details()
+
+
+def test_the_prefix_cache_is_flushed_when_nothing_runs(server):
+    server.engine.wait_until(lambda engine: not engine.has_work)
+    flush = server.stub.FlushCache
+    assert flush(common_pb2.FlushCacheRequest(timeout_s=20), timeout=30).success
+    assert server.engine.flushes == 1
+    call = server.generate([5], stream=True)
+    next(call)
+    refused = flush(common_pb2.FlushCacheRequest(), timeout=30)
+    assert (refused.success, server.engine.flushes) == (False, 1)
+    assert "1 requests are open" in refused.message
+    waiting = flush.future(common_pb2.FlushCacheRequest(timeout_s=20), timeout=30)
+    call.cancel()
+    assert waiting.result().success
+    assert server.engine.flushes == 2
 
 
 def test_kv_events_are_unimplemented(server):
