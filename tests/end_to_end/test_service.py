@@ -400,12 +400,13 @@ def test_a_prompt_that_was_asked_before_is_found_until_the_cache_is_flushed(serv
 
 
 def test_openai_gets_json_of_its_schema(client):
-    schema = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 99}}, "required": ["n"],
-              "additionalProperties": False}  # fmt: skip
+    number = {"type": "integer", "minimum": 0, "maximum": 99}
+    schema = {"type": "object", "properties": {"n": number}, "required": ["n"], "additionalProperties": False}
     answer = client.chat.completions.create(
         model="mixtral",
         messages=TALK,
-        max_completion_tokens=60,
+        max_completion_tokens=100,
+        temperature=0,
         response_format={"type": "json_schema", "json_schema": {"name": "n", "schema": schema}},
     )
     assert json.loads(answer.choices[0].message.content)["n"] <= 99
