@@ -111,6 +111,7 @@ def main(argv: list[str] | None = None) -> int:
             max_running=config.max_batch * model.num_ranks,
             num_ranks=model.num_ranks,
             page_size=config.page_size,
+            prefix_cache=config.prefix_cache,
             mesh=str(model.mesh_spec),
             dtype=args.dtype,
             default_sampling_params=model.recommended_sampling,

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from jaxmoe.engine.engine import Counters, Engine, StepReport
+from jaxmoe.engine.kv_events import KvEventBatch
 from jaxmoe.engine.request import Output, Request
 from jaxmoe.engine.scheduler import RankLoad
 from jaxmoe.measuring import trace
@@ -41,6 +42,9 @@ class ProfiledEngine:
 
     def clear_prefix_cache(self) -> None:
         self._engine.clear_prefix_cache()
+
+    def kv_events(self) -> list[KvEventBatch]:
+        return self._engine.kv_events()
 
     def counters(self) -> Counters:
         return self._engine.counters()

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
+from jaxmoe.engine.kv_events import KvEventBatch
 from jaxmoe.engine.request import Output, Request
 from jaxmoe.errors import DuplicateRequestError, InvalidRequestError, JaxmoeError, QueueFullError, UnavailableError
 from jaxmoe.serving.link import (
@@ -16,6 +17,7 @@ from jaxmoe.serving.link import (
     ClearPrefixCache,
     EngineLink,
     Fatal,
+    KvEvents,
     LinkClosed,
     Loads,
     Outputs,
@@ -27,6 +29,7 @@ from jaxmoe.serving.link import (
     Submit,
     Table,
     Totals,
+    WatchKvEvents,
 )
 
 logger = logging.getLogger(__name__)
@@ -86,6 +89,7 @@ class EngineLike(Protocol):
     def loads(self) -> Iterable[EngineRankLoad]: ...
     def counters(self) -> EngineCounters: ...
     def clear_prefix_cache(self) -> None: ...
+    def kv_events(self) -> list[KvEventBatch]: ...
 
 
 def serve_engine(
@@ -103,7 +107,7 @@ def serve_engine(
     A request the engine refuses is told so and disturbs nothing else. If the engine fails in any other way, the front
     end is told that it is lost, and the exception is raised.
     """
-    reported = 0.0
+    reported, watched = 0.0, False
     try:
         link.send(_report(engine))
         while True:
@@ -119,6 +123,8 @@ def serve_engine(
                         link.send(_loads(engine))
                     case AskTable():
                         threading.Thread(target=_make_table, args=(tables, frame, link), daemon=True).start()
+                    case WatchKvEvents():
+                        watched = True
                     case ClearPrefixCache(number):
                         engine.clear_prefix_cache()
                         link.send(Table(number))
@@ -130,6 +136,8 @@ def serve_engine(
                 if began - reported > _REPORT_INTERVAL or not engine.has_work:
                     reported = began
                     link.send(_report(engine))
+            if watched and (batches := engine.kv_events()):
+                link.send(KvEvents(batches))
     except LinkClosed as closed:
         logger.debug("the engine stops: %s", closed)
     except Exception as error:

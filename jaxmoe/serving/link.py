@@ -16,6 +16,7 @@ from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 import msgspec
 
+from jaxmoe.engine.kv_events import KvEventBatch
 from jaxmoe.engine.request import Output, Request
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_queue: requests that may wait for a place, over all ranks.
     max_running: requests that may run at once, over all ranks; 0 if not known.
     page_size: tokens per KV page.
+    prefix_cache: what enters and leaves it can be told.
     default_sampling_params: what the checkpoint recommends; told to gateways, which merge it into their requests.
     """
 
@@ -49,6 +51,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_running: int = 0
     num_ranks: int
     page_size: int
+    prefix_cache: bool = False
     mesh: str = ""
     dtype: str = ""
     default_sampling_params: dict[str, float] = {}
@@ -146,6 +149,10 @@ class ClearPrefixCache(Frame):
     number: int
 
 
+class WatchKvEvents(Frame):
+    """From now on `KvEvents` are sent."""
+
+
 class Bound(Frame):
     """The front end listens at this `host:port`; metrics: where these are read, if they are served."""
 
@@ -204,6 +211,12 @@ class Table(Frame):
     field: str = ""
 
 
+class KvEvents(Frame):
+    """What entered and left the prefix caches; the first tells all that is there."""
+
+    batches: list[KvEventBatch]
+
+
 class Report(Frame):
     """How the engine fares; sent unasked, about once a second while it works, and when its work is done."""
 
@@ -217,8 +230,10 @@ class Fatal(Frame):
     message: str
 
 
-ToEngine: TypeAlias = Submit | Cancel | AskLoads | AskTable | ClearPrefixCache | Bound | BindFailed | Serving
-ToFrontend: TypeAlias = Progress | Ready | Outputs | Rejected | Loads | Report | Table | Fatal
+ToEngine: TypeAlias = (
+    Submit | Cancel | AskLoads | AskTable | ClearPrefixCache | WatchKvEvents | Bound | BindFailed | Serving
+)
+ToFrontend: TypeAlias = Progress | Ready | Outputs | Rejected | Loads | Report | Table | KvEvents | Fatal
 
 _F = TypeVar("_F")
 _encoder = msgspec.msgpack.Encoder()

@@ -10,7 +10,7 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from jaxmoe.engine.request import Output, PromptLogprobs, Request, SamplingParams, TopLogprobs
@@ -21,6 +21,7 @@ from jaxmoe.errors import (
     QueueFullError,
     UnavailableError,
 )
+from jaxmoe.serving.kv_log import KvLog, Told
 from jaxmoe.serving.link import (
     AskLoads,
     AskTable,
@@ -28,6 +29,7 @@ from jaxmoe.serving.link import (
     ClearPrefixCache,
     Fatal,
     FrontendLink,
+    KvEvents,
     Loads,
     ModelInfo,
     Outputs,
@@ -42,6 +44,7 @@ from jaxmoe.serving.link import (
     Table,
     ToEngine,
     ToFrontend,
+    WatchKvEvents,
 )
 from jaxmoe.serving.logs import fields
 from jaxmoe.serving.metrics import Metrics, Timeline
@@ -287,6 +290,7 @@ class RemoteEngine:
         self._idle.set()
         self._last_word = time.monotonic()
         self._loads: asyncio.Future[list[RankLoad]] | None = None
+        self._kv_log: KvLog | None = None
         self._tables: dict[int, asyncio.Future[bytes]] = {}
         self._loading: asyncio.Task[None] | None = None
 
@@ -397,6 +401,22 @@ class RemoteEngine:
         await self._answered(ClearPrefixCache)
         return True
 
+    async def kv_events(self, start: int) -> AsyncGenerator[Told, None]:
+        """What happens in the prefix caches, from this number on, or from their state. Ends when the engine does."""
+        if self._kv_log is None:
+            self._kv_log = KvLog(self.info.num_ranks)
+            self.link.send(WatchKvEvents())
+        log = self._kv_log
+        number = start if start <= log.last + 1 else 0
+        while self.phase is not Phase.ENDED:
+            log.changed.clear()
+            for told in log.since(number):
+                yield told
+                number = told.batch.number + 1
+            # What came while this one was told is there already; the event is shared, and another may have cleared it.
+            if max(number, 1) > log.last:
+                await log.changed.wait()
+
     async def _answered(self, ask: Callable[[int], ToEngine]) -> bytes:
         """What the engine answers to a frame with a number."""
         if self._info is None or self.phase is Phase.ENDED:
@@ -453,6 +473,9 @@ class RemoteEngine:
                 if self._loads is not None and not self._loads.done():
                     self._loads.set_result(ranks)
                 self._loads = None
+            case KvEvents(batches):
+                if self._kv_log is not None:
+                    self._kv_log.take(batches)
             case Table(number, content, kind, problem, field):
                 asked = self._tables.get(number)
                 if asked is not None and not asked.done():
@@ -561,6 +584,8 @@ class RemoteEngine:
         self.phase_changed.set()
         if phase is Phase.ENDED:
             self.ended.set()
+            if self._kv_log is not None:
+                self._kv_log.changed.set()
 
 
 def _rejection(kind: str, message: str, field: str) -> Exception:

@@ -23,6 +23,7 @@ from smg_grpc_proto.generated.vllm_engine_pb2_grpc import VllmEngineServicer
 
 from jaxmoe.engine.request import Constraint, SamplingParams, TopLogprobs
 from jaxmoe.errors import DuplicateRequestError, InvalidRequestError, QueueFullError, UnavailableError
+from jaxmoe.serving.kv_log import Told
 from jaxmoe.serving.link import ModelInfo
 from jaxmoe.serving.logs import fields
 from jaxmoe.serving.metrics import waiting_by_rank
@@ -228,8 +229,17 @@ class Servicer(VllmEngineServicer):
     async def StopProfile(self, request: Any, context: grpc.aio.ServicerContext) -> NoReturn:
         await _unimplemented(context, "this version has no profiling over gRPC")
 
-    async def SubscribeKvEvents(self, request: Any, context: grpc.aio.ServicerContext) -> NoReturn:
-        await _unimplemented(context, "this version publishes no KV cache events")
+    async def SubscribeKvEvents(
+        self, request: common_pb2.SubscribeKvEventsRequest, context: grpc.aio.ServicerContext
+    ) -> None:
+        info = await self._info(context)
+        if not info.prefix_cache:
+            await _unimplemented(context, "this server has no prefix cache to tell of")
+        await context.send_initial_metadata(())  # a subscriber waits for it, and events may not come for long
+        async with contextlib.aclosing(self._engine.kv_events(request.start_sequence_number)) as events:
+            async for told in events:
+                await context.write(_kv_batch(told, info.page_size))
+        await context.abort(grpc.StatusCode.UNAVAILABLE, self._engine.reason)
 
     async def _generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
         engine, info, asked = self._engine, self._engine.info, request.sampling_params
@@ -402,6 +412,27 @@ def _complete(finish: Finish, index: int, stream: Stream, completion_tokens: int
         matched_token_id=finish.stop_token,
         matched_stop_str=finish.stop_string,
     )
+
+
+def _kv_batch(told: Told, page_size: int) -> common_pb2.KvEventBatch:
+    number, rank, events = told.batch
+    message = common_pb2.KvEventBatch(sequence_number=number, timestamp=time.time(), dp_rank=rank)
+    if told.blocks is not None:
+        message.snapshot.count, message.snapshot.blocks = 1, told.blocks
+    for index, event in enumerate(events):
+        one = message.events.add(event_id=index if told.blocks is None else 0)
+        match event.kind:
+            case "cleared":
+                one.cleared.SetInParent()
+            case "removed":
+                one.removed.block_hashes.extend(event.hashes)
+            case "stored":
+                if event.parent is not None:
+                    one.stored.parent_block_hash = event.parent
+                for n, page in enumerate(event.hashes):
+                    tokens = event.token_ids[n * page_size : (n + 1) * page_size]
+                    one.stored.blocks.add(block_hash=page, token_ids=tokens, block_size=page_size)
+    return message
 
 
 def _check_fields(request: pb.GenerateRequest, info: ModelInfo) -> None:

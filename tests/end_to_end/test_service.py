@@ -399,6 +399,29 @@ def test_a_prompt_that_was_asked_before_is_found_until_the_cache_is_flushed(serv
     assert sum(sample.value for sample in hits) >= 16
 
 
+def test_a_subscriber_learns_which_pages_hold_a_prompt(service):
+    assert service.stub.FlushCache(common_pb2.FlushCacheRequest(timeout_s=20), timeout=30).success
+    events = service.stub.SubscribeKvEvents(common_pb2.SubscribeKvEventsRequest(), timeout=60)
+    prompt = list(range(100, 140))
+    call = service.generate(tokenized=pb.TokenizedInput(input_ids=prompt), max_tokens=1, data_parallel_rank=3)
+    assert len(list(call)) == 1
+    told, numbers = [], []
+    while len(told) < 2:
+        batch = next(events)
+        numbers.append(batch.sequence_number)
+        for event in batch.events:
+            if batch.dp_rank == 3 and event.HasField("cleared"):
+                told = []
+            if batch.dp_rank == 3 and event.HasField("stored"):
+                told += event.stored.blocks
+    assert [list(block.token_ids) for block in told[-2:]] == [prompt[:16], prompt[16:32]]
+    assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    assert service.stub.FlushCache(common_pb2.FlushCacheRequest(timeout_s=20), timeout=30).success
+    cleared = next(batch for batch in events if batch.dp_rank == 3)
+    events.cancel()
+    assert cleared.events[0].HasField("cleared")
+
+
 def test_openai_gets_json_of_its_schema(client):
     number = {"type": "integer", "minimum": 0, "maximum": 99}
     schema = {"type": "object", "properties": {"n": number}, "required": ["n"], "additionalProperties": False}

@@ -56,6 +56,7 @@ class FakeEngine:
         self.submitted = []
         self.begun = []
         self.flushes = 0
+        self.kv_batches = []
         self.cancelled = []
         self.refusal = None
         self._news = threading.Condition()
@@ -128,6 +129,10 @@ class FakeEngine:
         used = sum(-(-length // PAGE_SIZE) for length in lengths)
         idle = [RankLoad(0, 0, 0, PAGES)] * (self.info.num_ranks - 1)
         return [RankLoad(len(lengths), 0, used, PAGES), *idle]
+
+    def kv_events(self):
+        taken, self.kv_batches = self.kv_batches, []
+        return taken
 
     def clear_prefix_cache(self):
         self.flushes += 1
