@@ -8,9 +8,11 @@ import threading
 
 import openai
 import pytest
-from harness import process
+from fake_engine import model_info
+from harness import process, serving
 
 from jaxmoe import gateway
+from jaxmoe.engine.kv_events import KvEvent, KvEventBatch
 
 
 def free_port():
@@ -20,12 +22,12 @@ def free_port():
 
 
 @contextlib.contextmanager
-def smg(*workers):
+def smg(*workers, policy="round_robin"):
     """The address of a gateway before these servers."""
     port = free_port()
-    command = [sys.executable, "-m", "smg", "launch", f"--port={port}", "--host=127.0.0.1", "--policy=round_robin"]
+    command = [sys.executable, "-m", "smg", "launch", f"--port={port}", "--host=127.0.0.1", f"--policy={policy}"]
     command += [f"--prometheus-port={free_port()}", "--prometheus-host=127.0.0.1", "--worker-startup-check-interval=1"]
-    command += ["--log-level=error", "--worker-urls", *(f"grpc://{worker}" for worker in workers)]
+    command += ["--log-level=error", "--block-size=16", "--worker-urls", *(f"grpc://{worker}" for worker in workers)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment) as running:
         try:
@@ -69,6 +71,39 @@ def test_a_worker_that_drains_costs_no_request(checkpoint):
             thread.join(60)
         assert answers == ["length"] * 12
         assert first.end() == (0, "")
+
+
+def test_a_prompt_goes_to_the_worker_that_has_its_pages(checkpoint):
+    info = model_info(checkpoint, prefix_cache=True)
+    with (
+        serving(info) as first,
+        serving(info) as second,
+        smg(first.address, second.address, policy="cache_aware") as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
+    ):
+        _wait_for_workers(client, 2)
+        text = "the end of the other story, and the rest of it, one two three " * 4
+
+        def ask():
+            """Which worker is asked."""
+            before = len(first.engine.submitted)
+            client.completions.create(model="fake", prompt=text, max_tokens=1)
+            return first if len(first.engine.submitted) > before else second
+
+        home = ask()
+        other = second if home is first else first
+        tokens = home.engine.submitted[-1].prompt
+        pages = len(tokens) // 16
+        assert pages >= 4
+        stored = KvEvent("stored", tuple(range(1, pages + 1)), None, tokens[: 16 * pages])
+        other.engine.kv_batches = [KvEventBatch(1, 0, (stored,))]
+        home.engine.kv_batches = [KvEventBatch(1, 0, (KvEvent("cleared"),))]
+        for worker in (home, other):
+            list(worker.generate([5], max_tokens=1))
+        for _ in range(100):  # until the gateway has heard of it
+            if ask() is other:
+                break
+        assert [ask() for _ in range(12)] == [other] * 12
 
 
 def _wait_for_workers(client, count):
