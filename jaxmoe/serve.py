@@ -33,7 +33,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--insecure-bind",
         action="store_true",
-        help="allow a --host beyond this machine, unencrypted, without authentication",
+        help="allow a --host beyond this machine without TLS, for a network that something else protects",
     )
     parser.add_argument("--tls-cert", metavar="PEM", help="certificate to serve with over TLS; needs --tls-key")
     parser.add_argument("--tls-key", metavar="PEM", help="its private key")
