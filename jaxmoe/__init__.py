@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxmoe import client
     from jaxmoe.api import LoadedModel, load
     from jaxmoe.engine.config import EngineConfig
     from jaxmoe.engine.engine import Engine
@@ -44,12 +45,15 @@ __all__ = [
     "Output",
     "Request",
     "SamplingParams",
+    "client",
     "load",
     "virtual_devices",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "client":
+        return importlib.import_module("jaxmoe.client")
     if name not in _HOME:
         raise AttributeError(f"module 'jaxmoe' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)

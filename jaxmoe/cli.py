@@ -44,6 +44,31 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_access_arguments(parser: argparse.ArgumentParser) -> None:
+    """How to reach a server; see `access_options`."""
+    parser.add_argument("--token-file", metavar="FILE", type=Path, help="of a bearer token, if the server asks for one")
+    parser.add_argument(
+        "--tls", action="store_true", help="the server speaks TLS, with a certificate the system trusts"
+    )
+    parser.add_argument("--tls-ca", metavar="PEM", help="or with one of this authority")
+    parser.add_argument("--tls-cert", metavar="PEM", help="the certificate to show to the server, with --tls-key")
+    parser.add_argument("--tls-key", metavar="PEM", help="its private key")
+
+
+def access_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `jaxmoe.client.Access` that the arguments name. Raises ConfigError."""
+    token = None
+    if args.token_file is not None:
+        try:
+            token = args.token_file.read_text().strip()
+        except OSError as error:
+            raise ConfigError(
+                f"--token-file {args.token_file}: {error.strerror}; name a file that can be read"
+            ) from error
+    named = ("tls", "tls_ca", "tls_cert", "tls_key")
+    return {"token": token, **{name: getattr(args, name) for name in named}}
+
+
 def add_random_weights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--random-weights",

@@ -8,7 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jaxmoe
-from jaxmoe.cli import StartProgress, add_model_arguments, model_options, use_compile_cache
+from jaxmoe.cli import (
+    StartProgress,
+    access_options,
+    add_access_arguments,
+    add_model_arguments,
+    model_options,
+    use_compile_cache,
+)
 from jaxmoe.engine.request import SamplingParams
 from jaxmoe.errors import CheckpointError, InvalidRequestError, JaxmoeError
 from jaxmoe.serving.tokenization import AnswerText, Delta, Tokenizer
@@ -27,7 +34,7 @@ class Source(Protocol):
     def max_context(self) -> int: ...
     @property
     def recommended_sampling(self) -> Mapping[str, float]: ...
-    def generate(
+    def stream(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None, stop: Sequence[str] = ()
     ) -> Iterator[Delta]: ...
 
@@ -44,7 +51,7 @@ class InProcess:
         self.recommended_sampling: Mapping[str, float] = loaded.recommended_sampling
         self.tokenizer = loaded.tokenizer
 
-    def generate(
+    def stream(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None, stop: Sequence[str] = ()
     ) -> Iterator[Delta]:
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
@@ -69,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.chat:
                 _chat(source, params, options.stop, first=options.text)
             else:
-                for delta in source.generate(options.text, params, options.stop):
+                for delta in source.stream(options.text, params, options.stop):
                     print(delta.text, end="", flush=True)
                 print()
     except JaxmoeError as error:
@@ -88,6 +95,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--server", metavar="HOST:PORT", help="ask a running `python -m jaxmoe.serve`; else load a model"
     )
+    add_access_arguments(parser)
     add_model_arguments(parser)
     how = parser.add_argument_group("how tokens are chosen")
     how.add_argument("--max-tokens", type=int, default=256, metavar="N", help="length of an answer (default: 256)")
@@ -119,9 +127,9 @@ def _sampling(options: argparse.Namespace, source: Source) -> SamplingParams:
 @contextlib.contextmanager
 def _source(options: argparse.Namespace) -> Iterator[Source]:
     if options.server:
-        from jaxmoe.serving.client import Client
+        from jaxmoe.client import connect
 
-        with Client(options.server) as client:
+        with connect(options.server, **access_options(options)) as client:
             yield client
     else:  # only now is jax loaded
         use_compile_cache(options.compile_cache)
@@ -148,7 +156,7 @@ def _chat(source: Source, params: SamplingParams, stop: Sequence[str], first: st
             continue
         turns.append({"role": "user", "content": message})
         try:
-            answer = _answer(source.generate(_prompt(source, turns, params), params, stop))
+            answer = _answer(source.stream(_prompt(source, turns, params), params, stop))
         except InvalidRequestError as error:
             print(f"error: {error}", file=sys.stderr)
             turns.pop()
@@ -161,7 +169,7 @@ def _prompt(source: Source, turns: list[dict[str, str]], params: SamplingParams)
     quarter = source.max_context // 4
     room, dropped = min(params.max_tokens or quarter, quarter), 0
     while True:
-        tokens = source.tokenizer.encode(source.tokenizer.render_chat(turns), add_special_tokens=False)
+        tokens = source.tokenizer.encode_chat(turns)
         if len(tokens) + room <= source.max_context or len(turns) == 1:
             break
         del turns[:2]

@@ -2,7 +2,7 @@
 
 import argparse
 import contextlib
-import logging
+import dataclasses
 import sys
 import time
 
@@ -19,9 +19,8 @@ from jaxmoe.cli import (
 )
 from jaxmoe.engine.config import EngineConfig
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.serving import server
-from jaxmoe.serving.engine_loop import EngineLike
-from jaxmoe.serving.link import ModelInfo
+from jaxmoe.serving import logs, server
+from jaxmoe.serving.link import Bound, ModelInfo
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -34,35 +33,62 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--insecure-bind",
         action="store_true",
-        help="allow a --host beyond this machine, unencrypted, without authentication",
+        help="allow a --host beyond this machine without TLS, for a network that something else protects",
+    )
+    parser.add_argument("--tls-cert", metavar="PEM", help="certificate to serve with over TLS; needs --tls-key")
+    parser.add_argument("--tls-key", metavar="PEM", help="its private key")
+    parser.add_argument("--tls-client-ca", metavar="PEM", help="take only clients with a certificate of this authority")
+    parser.add_argument(
+        "--auth-token-file", metavar="FILE", help="take only clients that send one of these bearer tokens, one a line"
     )
     parser.add_argument("--no-reflection", action="store_true", help="do not describe the services to clients that ask")
     add_limit_arguments(parser)
     queue = EngineConfig().max_queue
     parser.add_argument("--max-queue", type=int, default=queue, help="waiting requests, over all (%(default)s)")
     parser.add_argument(
+        "--max-client-requests", type=int, default=0, help="that one client may have open; 0: no limit (%(default)s)"
+    )
+    parser.add_argument(
         "--drain-timeout", type=float, default=30.0, help="seconds to finish after SIGTERM (%(default)s)"
     )
     add_profile_arguments(parser)
+    parser.add_argument("--metrics-port", type=int, help="serve /metrics and /healthz over HTTP; 0 takes a free one")
+    parser.add_argument("--metrics-host", default="127.0.0.1", help="address for these (default: %(default)s)")
+    parser.add_argument("--otlp-endpoint", metavar="URL", help="send traces to this collector: http://127.0.0.1:4318")
     parser.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"))
+    parser.add_argument("--log-format", default="text", choices=logs.FORMATS, help="(default: %(default)s)")
     args = parser.parse_args(argv)
     if args.model and args.random_weights:
         parser.error("--model and --random-weights exclude each other")
     return args
 
 
+def server_config(args: argparse.Namespace) -> server.ServerConfig:
+    """Raises ConfigError."""
+    given = vars(args)
+    fields = (field.name for field in dataclasses.fields(server.ServerConfig))
+    options = {name: given[name] for name in fields if name in given}
+    return server.ServerConfig(**options, reflection=not args.no_reflection)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure(args.log_level.upper(), args.log_format)
     began = time.monotonic()
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    def build_engine(report: server.Report) -> tuple[EngineLike, ModelInfo]:
+    def tell_bound(bound: Bound) -> None:
+        if bound.metrics:
+            say(f"metrics on {bound.metrics}")
+        say(f"listening on {bound.address}, not ready yet")
+
+    def build_engine(report: server.Report) -> server.Served:
         # Imported once the port is open: JAX takes a second.
         from jaxmoe.api import load
         from jaxmoe.engine.engine import Engine
+        from jaxmoe.serving.tables import Tables
 
         use_compile_cache(args.compile_cache)
         progress = StartProgress(report)
@@ -85,29 +111,26 @@ def main(argv: list[str] | None = None) -> int:
             max_running=config.max_batch * model.num_ranks,
             num_ranks=model.num_ranks,
             page_size=config.page_size,
+            prefix_cache=config.prefix_cache,
             mesh=str(model.mesh_spec),
             dtype=args.dtype,
             default_sampling_params=model.recommended_sampling,
         )
         if folder is None:
-            return engine, info
+            return server.Served(engine, info, Tables(engine))
         from jaxmoe.measuring.profile import ProfiledEngine
 
         profiled = ProfiledEngine(engine, folder, args.profile_steps, say)
         ending.callback(profiled.close)
-        return profiled, info
+        return server.Served(profiled, info, Tables(engine))
 
     try:
         config, folder = engine_config(args, max_queue=args.max_queue), profile_folder(args)
         with contextlib.ExitStack() as ending:
             return server.run(
                 build_engine,
-                host=args.host,
-                port=args.port,
-                insecure_bind=args.insecure_bind,
-                reflection=not args.no_reflection,
-                drain_timeout=args.drain_timeout,
-                on_bound=lambda address: say(f"listening on {address}, not ready yet"),
+                server_config(args),
+                on_bound=tell_bound,
                 on_ready=lambda address: say(f"ready on {address} after {time.monotonic() - began:.1f} s"),
             )
     except JaxmoeError as error:

@@ -5,6 +5,9 @@ import itertools
 import logging
 import secrets
 from collections.abc import Generator, Sequence
+from typing import NamedTuple
+
+import jax
 
 from jaxmoe.engine.config import EngineConfig
 from jaxmoe.engine.kv_events import KvEventBatch
@@ -19,6 +22,38 @@ log = logging.getLogger(__name__)
 
 # Steps that may fail one after the other before the engine gives up.
 MOST_FAILURES = 3
+
+
+class StepReport(NamedTuple):
+    """What a step did.
+
+    started: requests of which it computed the first tokens.
+    prefill_tokens: of prompts, and of what preempted sequences have recomputed. sequences: that it computed tokens of.
+    device_seconds: how long it launched programs and waited for what they sampled; the rest of its time is the host's.
+    """
+
+    started: tuple[str, ...] = ()
+    prefill_tokens: int = 0
+    sequences: int = 0
+    device_seconds: float = 0.0
+
+
+class Counters(NamedTuple):
+    """What has happened since the engine was made.
+
+    preemptions: how often a sequence gave up its pages to an older one and was computed anew.
+    programs, compile_seconds: compiled programs, and the wall time that each took, summed up.
+    late_compiles: those of them that warm-up did not foresee.
+    failed_steps, queried_tokens, hit_tokens: see `jaxmoe.engine.scheduler.Stats`.
+    """
+
+    preemptions: int
+    programs: int
+    compile_seconds: float
+    late_compiles: int
+    failed_steps: int
+    queried_tokens: int
+    hit_tokens: int
 
 
 class Engine:
@@ -45,6 +80,8 @@ class Engine:
             vocab_size=model.config.vocab_size,
         )
         self._names = itertools.count()
+        self._unstarted: set[str] = set()
+        self.last_step = StepReport()
         self._failures = 0
 
     @property
@@ -56,6 +93,11 @@ class Engine:
     def page_groups(self) -> tuple[PageGroup, ...]:
         """The groups of KV pages, one for each distance that the model's layers look back."""
         return self._runner.groups
+
+    @property
+    def cache_arrays(self) -> list[jax.Array]:
+        """All arrays of KV pages."""
+        return self._runner.cache_arrays
 
     def describe(self) -> str:
         """One line for a log: the limits in force."""
@@ -102,21 +144,25 @@ class Engine:
                 request, params=dataclasses.replace(request.params, seed=secrets.randbits(32))
             )
         self._scheduler.submit(request)
+        self._unstarted.add(request.id)
 
     def cancel(self, request_id: str, index: int | None = None) -> bool:
         """Ends a request, or one of its samples, and frees the pages; the last Output of each says "abort".
 
         False when no such request or sample is live.
         """
+        if index is None:
+            self._unstarted.discard(request_id)
         return self._scheduler.cancel(request_id, index)
 
     def step(self) -> list[Output]:
-        """One step over everything that is live; [] when there is nothing to do.
+        """One step over everything that is live; [] when there is nothing to do. `last_step` then tells what it did.
 
         If the step fails, the requests that have a part in it end with "error" and all others are computed anew. Raises
         what made it fail once MOST_FAILURES steps have failed one after the other, or if the KV cache cannot be remade:
         then the engine is of no more use.
         """
+        self.last_step = StepReport()
         plan = self._scheduler.schedule()
         try:
             sampled = {} if plan.empty else self._runner.run(plan)
@@ -124,6 +170,7 @@ class Engine:
             return self._recover(plan, error)
         if not plan.empty:
             self._failures = 0
+        self.last_step = self._report(plan)
         return self._scheduler.complete(plan, sampled)
 
     def _recover(self, plan: StepPlan, error: Exception) -> list[Output]:
@@ -157,9 +204,36 @@ class Engine:
         """What each attention rank carries."""
         return self._scheduler.loads()
 
+    def counters(self) -> Counters:
+        programs = self.programs
+        seconds = sum(program.seconds for program in programs)
+        stats = self.stats()
+        return Counters(
+            stats.preemptions,
+            len(programs),
+            seconds,
+            self.late_compiles,
+            stats.failed_steps,
+            stats.queried_tokens,
+            stats.hit_tokens,
+        )
+
     def check_integrity(self) -> None:
         """Raises AssertionError if a page or a request is not where it should be."""
         self._scheduler.check_integrity()
+
+    def _report(self, plan: StepPlan) -> StepReport:
+        prefills = [chunk for rank in plan.prefills for chunk in rank]
+        # With its prompt in the prefix cache, a request may start with a decode.
+        begun = (chunk.sequence.request.id for chunk in plan.chunks) if self._unstarted else ()
+        started = tuple(name for name in begun if name in self._unstarted)
+        self._unstarted.difference_update(started)
+        return StepReport(
+            started,
+            sum(chunk.length for chunk in prefills),
+            len(prefills) + sum(map(len, plan.decodes)),
+            0.0 if plan.empty else self._runner.device_seconds,
+        )
 
     def generate(
         self,

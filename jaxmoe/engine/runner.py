@@ -4,6 +4,7 @@ import bisect
 import math
 import operator
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -25,7 +26,10 @@ from jaxmoe.spans import FULL
 
 
 class Runner:
-    """Owns the KV cache and the compiled steps of one model."""
+    """Owns the KV cache and the compiled steps of one model.
+
+    device_seconds: how long the last `run` launched programs and waited for what they sampled.
+    """
 
     def __init__(self, model: Model, config: EngineConfig, progress: Progress = no_progress) -> None:
         self.model = model
@@ -44,6 +48,7 @@ class Runner:
         self.grammars = Grammars(model.folder, model.config.vocab_size, model.eos_token_ids)
         self._adjuster = Adjuster(model.config.vocab_size, model.eos_token_ids, self.grammars)
         self._prompts = PromptReports()
+        self.device_seconds = 0.0
         if config.warm_up:
             with ThreadPoolExecutor(1) as beside:
                 beside.submit(self.grammars.prepare)
@@ -61,6 +66,11 @@ class Runner:
         cache = make_cache(model.config, model.mesh, model.rules, pages, self._page_size, model.dtype)
         use_huge_pages(cache)
         return cache
+
+    @property
+    def cache_arrays(self) -> list[jax.Array]:
+        """All arrays of KV pages."""
+        return jax.tree.leaves(self._cache)
 
     @property
     def cache_bytes(self) -> int:
@@ -81,10 +91,13 @@ class Runner:
 
     def run(self, plan: StepPlan) -> dict[str, Sampled]:
         """What every chunk of the plan that samples brings, by request id."""
+        self.device_seconds = 0.0
         launched = [(ranks, *self._launch(shape, ranks)) for shape, ranks in self._buckets.calls(plan)]
         sampled: dict[str, Sampled] = {}
         for ranks, out, prompts in launched:
+            began = time.monotonic()
             brought, told = Report.read(out), [Report.read(packed) for packed in prompts]
+            self.device_seconds += time.monotonic() - began
             for rank, chunks in enumerate(ranks):
                 of_prompts = (
                     (float(each.logprobs[rank, row]), each.top(rank, row, self.executables.most_logprobs))
@@ -101,7 +114,10 @@ class Runner:
     def _launch(self, shape: StepShape, ranks: Ranks) -> tuple[jax.Array, list[jax.Array]]:
         """Packed reports on what a call sampled, and on tokens of its prompts."""
         programs = self.executables
-        self._cache, logits, sampling, hidden = programs.forward(shape, self._cache, self._packing.pack(shape, ranks))
+        packed = self._packing.pack(shape, ranks)
+        began = time.monotonic()
+        self._cache, logits, sampling, hidden = programs.forward(shape, self._cache, packed)
+        self.device_seconds += time.monotonic() - began
         adjusted = logits
         for packed in self._adjuster.pack(shape.batch, ranks):
             adjusted = programs.adjust(adjusted, packed)

@@ -4,7 +4,8 @@ import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from jaxmoe.engine.engine import Engine
+from jaxmoe.engine.engine import Counters, Engine, StepReport
+from jaxmoe.engine.kv_events import KvEventBatch
 from jaxmoe.engine.request import Output, Request
 from jaxmoe.engine.scheduler import RankLoad
 from jaxmoe.measuring import trace
@@ -38,6 +39,19 @@ class ProfiledEngine:
 
     def loads(self) -> Iterable[RankLoad]:
         return self._engine.loads()
+
+    def clear_prefix_cache(self) -> None:
+        self._engine.clear_prefix_cache()
+
+    def kv_events(self) -> list[KvEventBatch]:
+        return self._engine.kv_events()
+
+    def counters(self) -> Counters:
+        return self._engine.counters()
+
+    @property
+    def last_step(self) -> StepReport:
+        return self._engine.last_step
 
     def step(self) -> list[Output]:
         self._number += 1

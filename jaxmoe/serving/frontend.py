@@ -5,7 +5,7 @@ standard input is the number of a signal that reached the parent: the first drai
 """
 
 import asyncio
-import logging
+import contextlib
 import os
 import signal
 import socket
@@ -17,10 +17,16 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from smg_grpc_proto.generated import vllm_engine_pb2_grpc
 
-from jaxmoe.errors import UnavailableError
+from jaxmoe.errors import ConfigError, UnavailableError
+from jaxmoe.serving import logs
+from jaxmoe.serving.admin import ADMIN_SERVICE, Admin
 from jaxmoe.serving.link import BindFailed, Bound, FrontendConfig
+from jaxmoe.serving.metrics import MetricsServer
+from jaxmoe.serving.proto.admin_pb2_grpc import add_AdminServicer_to_server
 from jaxmoe.serving.remote_engine import Phase, RemoteEngine
+from jaxmoe.serving.security import BearerAuth, Tokens, server_credentials
 from jaxmoe.serving.servicer import SERVICE, Servicer
+from jaxmoe.serving.tracing import Tracer
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", 64 << 20),
@@ -55,42 +61,100 @@ class Health(health.aio.HealthServicer):
 
 async def main(sock: socket.socket, config: FrontendConfig) -> int:
     """Serves until the parent asks for the end, or is gone. The exit code: 0 if it was asked and has drained."""
-    engine = RemoteEngine(step_timeout=config.step_timeout, max_backlog=config.max_backlog)
+    engine = RemoteEngine(
+        step_timeout=config.step_timeout,
+        max_backlog=config.max_backlog,
+        max_client_requests=config.max_client_requests,
+        read_timeout=config.read_timeout,
+    )
     await engine.link.connect(sock)
-    health_servicer = Health(engine.ended)
-    await _tell_health(engine, health_servicer)
-    server = grpc.aio.server(options=_OPTIONS)
-    vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server(Servicer(engine), server)
-    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    if config.reflection:
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    try:
-        port = server.add_insecure_port(f"{host}:{config.port}")
-    except RuntimeError:
-        engine.link.send(BindFailed(f"cannot listen on {host}:{config.port}; is another server running there?"))
-        engine.link.close()
-        return 1
-    await server.start()
-    engine.link.send(Bound(f"{host}:{port}"))
-
     drain, cut = asyncio.Event(), asyncio.Event()
-    asyncio.get_running_loop().add_reader(sys.stdin.fileno(), _read_signals, drain, cut)
-    ways_to_end = [
-        asyncio.create_task(way)
-        for way in (_drained(engine, drain, config.drain_timeout), cut.wait(), engine.ended.wait())
-    ]
-    attendants = [
-        asyncio.create_task(attendant) for attendant in (engine.watch(), _follow_health(engine, health_servicer))
-    ]
-    await asyncio.wait(ways_to_end, return_when=asyncio.FIRST_COMPLETED)
-    exit_code = 0 if ways_to_end[0].done() else 1
-    await engine.end(UnavailableError("the server shut down before this request ended"))
-    await server.stop(grace=0.5)
-    for task in ways_to_end + attendants:
-        task.cancel()
-    engine.link.close()
+    async with contextlib.AsyncExitStack() as ending:
+        ending.callback(engine.link.close)
+        health_servicer = Health(engine.ended)
+        await _tell_health(engine, health_servicer)
+        try:
+            server, bound = await _start(engine, health_servicer, config, drain, ending)
+        except ConfigError as error:
+            engine.link.send(BindFailed(str(error)))
+            return 1
+        engine.link.send(bound)
+
+        asyncio.get_running_loop().add_reader(sys.stdin.fileno(), _read_signals, drain, cut)
+        ways_to_end = [
+            asyncio.create_task(way)
+            for way in (_drained(engine, drain, config.drain_timeout), cut.wait(), engine.ended.wait())
+        ]
+        attendants = [
+            asyncio.create_task(attendant) for attendant in (engine.watch(), _follow_health(engine, health_servicer))
+        ]
+        await asyncio.wait(ways_to_end, return_when=asyncio.FIRST_COMPLETED)
+        exit_code = 0 if ways_to_end[0].done() else 1
+        await engine.end(UnavailableError("the server shut down before this request ended"))
+        await server.stop(grace=0.5)
+        for task in ways_to_end + attendants:
+            task.cancel()
     return exit_code
+
+
+async def _start(
+    engine: RemoteEngine,
+    health_servicer: Health,
+    config: FrontendConfig,
+    drain: asyncio.Event,
+    ending: contextlib.AsyncExitStack,
+) -> tuple[grpc.aio.Server, Bound]:
+    """Opens all ports. Raises ConfigError if one cannot be, or if a file that the config names does not serve."""
+    if config.otlp_endpoint is not None:
+        engine.tracer = tracer = Tracer(config.otlp_endpoint)
+        ending.push_async_callback(asyncio.to_thread, tracer.close)
+    bearer = None if config.auth_token_file is None else BearerAuth(Tokens(config.auth_token_file))
+    server = grpc.aio.server(options=_OPTIONS, interceptors=[bearer] if bearer else None)
+    vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server(Servicer(engine, bearer=bearer is not None), server)
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    add_AdminServicer_to_server(Admin(engine, drain.set), server)
+    if config.reflection:
+        services = (SERVICE, ADMIN_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(services, server)
+    host = _bracketed(config.host)
+    credentials = None
+    if config.tls_cert is not None and config.tls_key is not None:
+        credentials = server_credentials(config.tls_cert, config.tls_key, config.tls_client_ca)
+    try:
+        if credentials is None:
+            port = server.add_insecure_port(f"{host}:{config.port}")
+        else:
+            port = server.add_secure_port(f"{host}:{config.port}", credentials)
+    except RuntimeError as error:
+        also = "" if credentials is None else ", or are the certificate and its key no pair?"
+        raise ConfigError(
+            f"cannot listen on {host}:{config.port}; is another server running there{also or '?'}"
+        ) from error
+    metrics = ""
+    if config.metrics_port is not None:
+        metrics = _serve_metrics(engine, config.metrics_host, config.metrics_port, ending)
+    await server.start()
+    return server, Bound(f"{host}:{port}", metrics)
+
+
+def _serve_metrics(engine: RemoteEngine, host: str, port: int, ending: contextlib.AsyncExitStack) -> str:
+    """The URL at which they are."""
+
+    def health() -> tuple[bool, str]:
+        return engine.phase is Phase.SERVING, engine.reason
+
+    try:
+        server = MetricsServer(host, port, engine.metrics, health)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot serve metrics on {_bracketed(host)}:{port}: {error.strerror}; use another --metrics-port"
+        ) from error
+    ending.push_async_callback(asyncio.to_thread, server.close)
+    return f"http://{_bracketed(host)}:{server.port}/metrics"
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 async def _drained(engine: RemoteEngine, asked: asyncio.Event, timeout: float) -> None:
@@ -125,5 +189,5 @@ if __name__ == "__main__":
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     config = msgspec.json.decode(sys.argv[2], type=FrontendConfig)
-    logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure(config.log_level, config.log_format)
     sys.exit(asyncio.run(main(socket.socket(fileno=int(sys.argv[1])), config)))

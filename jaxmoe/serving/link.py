@@ -9,12 +9,14 @@ import contextlib
 import logging
 import select
 import socket
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 import msgspec
 
+from jaxmoe.engine.kv_events import KvEventBatch
 from jaxmoe.engine.request import Output, Request
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_queue: requests that may wait for a place, over all ranks.
     max_running: requests that may run at once, over all ranks; 0 if not known.
     page_size: tokens per KV page.
+    prefix_cache: what enters and leaves it can be told.
     default_sampling_params: what the checkpoint recommends; told to gateways, which merge it into their requests.
     """
 
@@ -48,6 +51,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_running: int = 0
     num_ranks: int
     page_size: int
+    prefix_cache: bool = False
     mesh: str = ""
     dtype: str = ""
     default_sampling_params: dict[str, float] = {}
@@ -63,6 +67,16 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
     step_timeout: float
     max_backlog: int
     log_level: int
+    log_format: Literal["text", "json"] = "text"
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int | None = None
+    otlp_endpoint: str | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    tls_client_ca: str | None = None
+    auth_token_file: str | None = None
+    max_client_requests: int = 0
+    read_timeout: float = 60.0
 
 
 class RankLoad(msgspec.Struct, frozen=True, array_like=True):
@@ -72,6 +86,34 @@ class RankLoad(msgspec.Struct, frozen=True, array_like=True):
     waiting: int
     used_pages: int
     total_pages: int
+
+
+class Step(msgspec.Struct, frozen=True, array_like=True):
+    """What one step of the engine did and cost.
+
+    began: by the monotonic clock, which all processes of a machine share. seconds: that it took, and of these
+        device_seconds: launching programs and waiting for them.
+    started, prefill_tokens, sequences: see `jaxmoe.engine.engine.StepReport`.
+    """
+
+    began: float
+    seconds: float
+    device_seconds: float
+    started: tuple[str, ...]
+    prefill_tokens: int
+    sequences: int
+
+
+class Totals(msgspec.Struct, frozen=True, array_like=True):
+    """What has happened since the engine was made; see `jaxmoe.engine.engine.Counters`."""
+
+    preemptions: int = 0
+    programs: int = 0
+    compile_seconds: float = 0.0
+    late_compiles: int = 0
+    failed_steps: int = 0
+    queried_tokens: int = 0
+    hit_tokens: int = 0
 
 
 class Frame(msgspec.Struct, array_like=True, tag=True):
@@ -93,10 +135,29 @@ class AskLoads(Frame):
     """Answered with `Loads` before the next step."""
 
 
+class AskTable(Frame):
+    """Answered with a `Table` of the same number, when it is made. name: of a message of `jaxmoe.v1`."""
+
+    number: int
+    name: str
+    argument: str
+
+
+class ClearPrefixCache(Frame):
+    """Answered with an empty `Table` of the same number, when it is done."""
+
+    number: int
+
+
+class WatchKvEvents(Frame):
+    """From now on `KvEvents` are sent."""
+
+
 class Bound(Frame):
-    """The front end listens at this `host:port`."""
+    """The front end listens at this `host:port`; metrics: where these are read, if they are served."""
 
     address: str
+    metrics: str = ""
 
 
 class BindFailed(Frame):
@@ -121,13 +182,17 @@ class Outputs(Frame):
     """What one step brought. Sent even when empty: it shows that the engine still steps."""
 
     outputs: list[Output]
+    step: Step | None = None
+
+
+RejectionKind: TypeAlias = Literal["invalid", "duplicate", "queue_full", "unavailable", "internal"]
 
 
 class Rejected(Frame):
     """The engine did not take a request."""
 
     id: str
-    kind: Literal["invalid", "duplicate", "queue_full", "unavailable", "internal"]
+    kind: RejectionKind
     message: str
     field: str = ""
 
@@ -136,14 +201,39 @@ class Loads(Frame):
     ranks: list[RankLoad]
 
 
+class Table(Frame):
+    """content: the serialized message. problem: why there is none; kind: as in `Rejected`."""
+
+    number: int
+    content: bytes = b""
+    kind: RejectionKind | None = None
+    problem: str = ""
+    field: str = ""
+
+
+class KvEvents(Frame):
+    """What entered and left the prefix caches; the first tells all that is there."""
+
+    batches: list[KvEventBatch]
+
+
+class Report(Frame):
+    """How the engine fares; sent unasked, about once a second while it works, and when its work is done."""
+
+    ranks: list[RankLoad]
+    totals: Totals
+
+
 class Fatal(Frame):
     """The engine will not step again."""
 
     message: str
 
 
-ToEngine: TypeAlias = Submit | Cancel | AskLoads | Bound | BindFailed | Serving
-ToFrontend: TypeAlias = Progress | Ready | Outputs | Rejected | Loads | Fatal
+ToEngine: TypeAlias = (
+    Submit | Cancel | AskLoads | AskTable | ClearPrefixCache | WatchKvEvents | Bound | BindFailed | Serving
+)
+ToFrontend: TypeAlias = Progress | Ready | Outputs | Rejected | Loads | Report | Table | KvEvents | Fatal
 
 _F = TypeVar("_F")
 _encoder = msgspec.msgpack.Encoder()
@@ -176,8 +266,11 @@ class _Splitter(Generic[_F]):
 
 
 class EngineLink:
-    """The engine's end, for one thread. Never waits for the reader, until more than `max_unread` bytes are unread;
-    then it says so in the log, and gives the link up after `patience` seconds without a byte read."""
+    """The engine's end: one thread sends and receives, others may `post`.
+
+    Never waits for the reader, until more than `max_unread` bytes are unread; then it says so in the log, and gives the
+    link up after `patience` seconds without a byte read.
+    """
 
     def __init__(self, sock: socket.socket, *, max_unread: int = 64 << 20, patience: float = 60.0) -> None:
         sock.setblocking(False)
@@ -186,10 +279,23 @@ class EngineLink:
         self._unsent = bytearray()
         self._max_unread = max_unread
         self._patience = patience
+        self._lock = threading.Lock()  # of what is unsent, and of the order in which it is sent
+
+    def post(self, frame: ToFrontend) -> None:
+        """Sends a frame from another thread, and waits until it is sent. Raises LinkClosed."""
+        data = _encode(frame)
+        with self._lock:
+            self._unsent += data
+        while self._unsent:
+            self._flush()
+            if self._unsent and not self._wait(select.POLLOUT, self._patience):
+                raise LinkClosed(f"the front end has read nothing for {self._patience:g} s")
 
     def send(self, frame: ToFrontend) -> None:
         """Raises LinkClosed if the front end is gone."""
-        self._unsent += _encode(frame)
+        data = _encode(frame)
+        with self._lock:
+            self._unsent += data
         self._flush()
         if len(self._unsent) > self._max_unread:
             logger.warning("the front end leaves %d MiB unread; the engine waits for it", len(self._unsent) >> 20)
@@ -234,8 +340,9 @@ class EngineLink:
 
     def _flush(self) -> None:
         try:
-            while self._unsent:
-                del self._unsent[: self._socket.send(self._unsent)]
+            with self._lock:
+                while self._unsent:
+                    del self._unsent[: self._socket.send(self._unsent)]
         except BlockingIOError:
             pass
         except ConnectionError as error:

@@ -9,8 +9,9 @@ import enum
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 from jaxmoe.engine.request import Output, PromptLogprobs, Request, SamplingParams, TopLogprobs
 from jaxmoe.errors import (
@@ -20,11 +21,15 @@ from jaxmoe.errors import (
     QueueFullError,
     UnavailableError,
 )
+from jaxmoe.serving.kv_log import KvLog, Told
 from jaxmoe.serving.link import (
     AskLoads,
+    AskTable,
     Cancel,
+    ClearPrefixCache,
     Fatal,
     FrontendLink,
+    KvEvents,
     Loads,
     ModelInfo,
     Outputs,
@@ -32,10 +37,17 @@ from jaxmoe.serving.link import (
     RankLoad,
     Ready,
     Rejected,
+    Report,
     Serving,
+    Step,
     Submit,
+    Table,
+    ToEngine,
     ToFrontend,
+    WatchKvEvents,
 )
+from jaxmoe.serving.logs import fields
+from jaxmoe.serving.metrics import Metrics, Timeline
 from jaxmoe.serving.tokenization import AnswerText, Tokenizer, read_files
 
 logger = logging.getLogger(__name__)
@@ -57,6 +69,21 @@ class Phase(enum.Enum):
     STALLED = "stalled"
     DRAINING = "draining"
     ENDED = "ended"
+
+
+class Caller(NamedTuple):
+    """Who sent a request. key: what tells callers apart. trace: the headers by which it takes part in a trace."""
+
+    key: str = ""
+    trace: Mapping[str, str] = {}
+
+
+class SpanRecorder(Protocol):
+    """Records requests that have ended; `jaxmoe.serving.tracing.Tracer` is one."""
+
+    def span(
+        self, carrier: Mapping[str, str], timeline: Timeline, request_id: str, model: str, reason: str
+    ) -> str | None: ...
 
 
 class Finish(NamedTuple):
@@ -128,11 +155,22 @@ class Stream:
     ) -> None:
         self.request_id = request_id
         self.key = key  # its name at the engine
+        self.timeline = Timeline(time.monotonic())
         self._samples = [Sample(answer) for answer in answers]
         self._unread: dict[int, None] = {}  # samples of which something waits to be read, in order
         self._max_backlog = max_backlog
         self._error: Exception | None = None
         self._news = asyncio.Event()
+        self._scope: asyncio.Timeout | None = None
+        self._patience: asyncio.TimerHandle | None = None
+
+    @property
+    def reason(self) -> str:
+        """Why it ended: one of `metrics.REASONS`; "abort" if its reader left before."""
+        if self._error is not None:
+            return "error"
+        finish = self._samples[-1].finish
+        return finish.reason if finish is not None else "abort"
 
     @property
     def finished(self) -> bool:
@@ -152,9 +190,7 @@ class Stream:
         self._unread[output.index] = None
         waiting = sum(len(each.tokens) for each in self._samples)
         if self._max_backlog is not None and waiting > self._max_backlog:
-            self._error = SlowReaderError(
-                f"{waiting} tokens of this stream wait to be read; read faster, or do not stream"
-            )
+            self._cut(f"{waiting} tokens of this stream wait to be read; read faster, or do not stream")
         self._news.set()
         return sample.finish is not None and output.finish_reason is None
 
@@ -169,6 +205,36 @@ class Stream:
         if not self.ended:
             self._error = error
             self._news.set()
+
+    @contextlib.asynccontextmanager
+    async def reading(self) -> AsyncIterator[None]:
+        """Breaks off what the block does, a write that waits for the client too, once its client is too slow a reader.
+
+        Raises SlowReaderError then.
+        """
+        try:
+            async with asyncio.timeout(None) as self._scope:
+                yield
+        except TimeoutError:
+            assert self._error is not None
+            raise self._error from None
+        finally:
+            self._scope = None
+            if self._patience is not None:
+                self._patience.cancel()
+
+    def expect_reader(self, seconds: float) -> None:
+        """It has ended: what is left of it is to be read within this time."""
+        if self._scope is not None and self._error is None:
+            text = f"this answer has not been read within {seconds:g} s of its end; read faster"
+            self._patience = asyncio.get_running_loop().call_later(seconds, self._cut, text)
+
+    def _cut(self, text: str) -> None:
+        self._error = SlowReaderError(text)
+        for index, sample in enumerate(self._samples):
+            sample.take(index)
+        if self._scope is not None:
+            self._scope.reschedule(0)
 
     async def read(self) -> Piece:
         """Waits until something has come. Raises the error that ended the stream, if one did."""
@@ -188,9 +254,18 @@ class RemoteEngine:
     max_backlog: tokens that may wait for the reader of one stream.
     step_timeout: seconds without word from an engine that has work, after which its requests fail and it counts as
         stalled until it is heard of again.
+    read_timeout: seconds that a client has to read the rest of an answer once it has ended.
+    max_client_requests: that one caller may have open at once; 0 for no limit.
     """
 
-    def __init__(self, *, step_timeout: float, max_backlog: int) -> None:
+    def __init__(
+        self,
+        *,
+        step_timeout: float,
+        max_backlog: int,
+        read_timeout: float = 60.0,
+        max_client_requests: int = 0,
+    ) -> None:
         self.link = FrontendLink(self._receive, self._lost)
         self.phase = Phase.STARTING
         self.reason = "starting: the model is being loaded"
@@ -202,6 +277,12 @@ class RemoteEngine:
         self._info: ModelInfo | None = None
         self._step_timeout = step_timeout
         self._max_backlog = max_backlog
+        self._read_timeout = read_timeout
+        self._max_client_requests = max_client_requests
+        self.tracer: SpanRecorder | None = None
+        self.metrics = Metrics()
+        self.metrics.follow(lambda: (self.phase.value, self.phase is Phase.SERVING), self.unplaced)
+        self._by_caller: Counter[str] = Counter()
         self._open: dict[str, Stream] = {}  # by the client's id
         self._live: dict[str, Stream] = {}  # by key; the engine works on them
         self._keys = itertools.count()
@@ -209,6 +290,8 @@ class RemoteEngine:
         self._idle.set()
         self._last_word = time.monotonic()
         self._loads: asyncio.Future[list[RankLoad]] | None = None
+        self._kv_log: KvLog | None = None
+        self._tables: dict[int, asyncio.Future[bytes]] = {}
         self._loading: asyncio.Task[None] | None = None
 
     @property
@@ -226,13 +309,23 @@ class RemoteEngine:
     def num_live(self) -> int:
         return len(self._live)
 
+    def unplaced(self, ranks: Sequence[RankLoad]) -> int:
+        """Requests that wait for whichever rank has a place first."""
+        return max(0, len(self._live) - sum(rank.running + rank.waiting for rank in ranks))
+
     @contextlib.contextmanager
     def open(
-        self, request_id: str, *, streams: bool, answers: Sequence[AnswerText | None] = (None,)
+        self,
+        request_id: str,
+        *,
+        streams: bool,
+        answers: Sequence[AnswerText | None] = (None,),
+        caller: Caller = Caller(),  # noqa: B008 - immutable
     ) -> Iterator[Stream]:
         """A stream for a request to come, whose id is taken until the end of the block; by then the engine has left it.
 
-        Raises UnavailableError, DuplicateRequestError, and QueueFullError if the engine is sure to refuse it.
+        Raises UnavailableError, DuplicateRequestError, and QueueFullError if the engine is sure to refuse it or its
+        caller has as many open as it may.
         """
         if self.phase is not Phase.SERVING:
             raise UnavailableError(self.reason)
@@ -242,15 +335,25 @@ class RemoteEngine:
             )
         if self.info.max_running and len(self._live) >= self.info.max_running + self.info.max_queue:
             raise QueueFullError(f"{self.info.max_queue} requests wait already (max_queue); try again later")
+        if 0 < self._max_client_requests <= self._by_caller[caller.key]:
+            raise QueueFullError(
+                f"{self._max_client_requests} requests of this client are open already (max_client_requests); "
+                "try again when one has ended"
+            )
         max_backlog = self._max_backlog if streams else None
         stream = Stream(request_id, str(next(self._keys)), answers=answers, max_backlog=max_backlog)
         self._open[request_id] = stream
+        self._by_caller[caller.key] += 1
         self._idle.clear()
         try:
             yield stream
         finally:
             self._withdraw([stream])
             del self._open[request_id]
+            self._by_caller[caller.key] -= 1
+            if not self._by_caller[caller.key]:
+                del self._by_caller[caller.key]
+            self._record(stream, caller)
             if not self._open:
                 self._idle.set()
 
@@ -260,6 +363,8 @@ class RemoteEngine:
             return
         if not self._live:
             self._last_word = time.monotonic()
+        timeline = stream.timeline
+        timeline.prompt_tokens, timeline.max_tokens, timeline.samples = len(prompt), params.max_tokens, params.n
         self._live[stream.key] = stream
         self.link.send(Submit(Request(stream.key, tuple(prompt), params, rank)))
 
@@ -282,6 +387,48 @@ class RemoteEngine:
         except TimeoutError:
             raise UnavailableError(f"the engine has not reported its loads within {_LOADS_TIMEOUT:g} s") from None
 
+    async def table(self, name: str, argument: str = "") -> bytes:
+        """A message of `jaxmoe.v1`, serialized, that the engine's process makes; that may take it seconds."""
+        return await self._answered(lambda number: AskTable(number, name, argument))
+
+    async def clear_prefix_cache(self, timeout: float) -> bool:
+        """Waits so many seconds until no request is open; whether the cache was cleared then."""
+        if self._open:
+            try:
+                await asyncio.wait_for(self._idle.wait(), timeout)
+            except TimeoutError:
+                return False
+        await self._answered(ClearPrefixCache)
+        return True
+
+    async def kv_events(self, start: int) -> AsyncGenerator[Told, None]:
+        """What happens in the prefix caches, from this number on, or from their state. Ends when the engine does."""
+        if self._kv_log is None:
+            self._kv_log = KvLog(self.info.num_ranks)
+            self.link.send(WatchKvEvents())
+        log = self._kv_log
+        number = start if start <= log.last + 1 else 0
+        while self.phase is not Phase.ENDED:
+            log.changed.clear()
+            for told in log.since(number):
+                yield told
+                number = told.batch.number + 1
+            # What came while this one was told is there already; the event is shared, and another may have cleared it.
+            if max(number, 1) > log.last:
+                await log.changed.wait()
+
+    async def _answered(self, ask: Callable[[int], ToEngine]) -> bytes:
+        """What the engine answers to a frame with a number."""
+        if self._info is None or self.phase is Phase.ENDED:
+            raise UnavailableError(self.reason)
+        number = next(self._keys)
+        self._tables[number] = asyncio.get_running_loop().create_future()
+        self.link.send(ask(number))
+        try:
+            return await self._tables[number]
+        finally:
+            del self._tables[number]
+
     async def drain(self, timeout: float) -> None:
         """Takes no more requests, and returns when none is open or `timeout` seconds have passed."""
         self._turn(Phase.DRAINING, "draining: this server is shutting down")
@@ -303,6 +450,7 @@ class RemoteEngine:
         while True:
             await asyncio.sleep(self._step_timeout / 8)
             if self._live and time.monotonic() - self._last_word > self._step_timeout:
+                self.metrics.stalled()
                 reason = f"the engine has not finished a step in {self._step_timeout:g} s"
                 logger.error("%s; its %d requests fail", reason, len(self._live))
                 if self.phase is Phase.SERVING:
@@ -314,8 +462,10 @@ class RemoteEngine:
         if self.phase is Phase.STALLED:
             self._turn(Phase.SERVING, "serving")
         match frame:
-            case Outputs(outputs):
-                self._deliver(outputs)
+            case Outputs(outputs, step):
+                self._deliver(outputs, step)
+            case Report():
+                self.metrics.report(frame)
             case Rejected(key, kind, message, field):
                 if stream := self._live.pop(key, None):
                     stream.fail(_rejection(kind, message, field))
@@ -323,6 +473,16 @@ class RemoteEngine:
                 if self._loads is not None and not self._loads.done():
                     self._loads.set_result(ranks)
                 self._loads = None
+            case KvEvents(batches):
+                if self._kv_log is not None:
+                    self._kv_log.take(batches)
+            case Table(number, content, kind, problem, field):
+                asked = self._tables.get(number)
+                if asked is not None and not asked.done():
+                    if kind is None:
+                        asked.set_result(content)
+                    else:
+                        asked.set_exception(_rejection(kind, problem, field))
             case Progress(text):
                 self._turn(self.phase, f"starting: {text}")
             case Ready(info):
@@ -331,8 +491,13 @@ class RemoteEngine:
                 self._turn(Phase.ENDED, message)
                 self._fail_all(EngineFailedError(message))
 
-    def _deliver(self, outputs: Iterable[Output]) -> None:
-        stopped = []
+    def _deliver(self, outputs: Sequence[Output], step: Step | None) -> None:
+        if step is not None:
+            self.metrics.step(step, sum(len(output.token_ids) for output in outputs))
+            for key in step.started:
+                if stream := self._live.get(key):
+                    stream.timeline.started = step.began
+        stopped, now = [], self._last_word
         for output in outputs:
             stream = self._live.get(output.request_id)
             if stream is None:  # withdrawn; the engine did not know yet
@@ -342,6 +507,11 @@ class RemoteEngine:
                 stream.fail(EngineFailedError(output.error))
             else:
                 stopped_early = stream.push(output)
+            stream.timeline.cached_tokens = max(stream.timeline.cached_tokens, output.cached_tokens)
+            self.metrics.tokens(stream.timeline, len(output.token_ids), now)
+            if stream.ended:
+                stream.timeline.ended = now
+                stream.expect_reader(self._read_timeout)
             if stream.finished and output.finish_reason is not None:
                 del self._live[output.request_id]
             elif stream.ended:
@@ -356,6 +526,29 @@ class RemoteEngine:
         if keys:
             self.link.send(Cancel(keys))
 
+    def _record(self, stream: Stream, caller: Caller) -> None:
+        """Tells metrics, traces and the log that a request has ended."""
+        timeline, reason, trace = stream.timeline, stream.reason, None
+        if timeline.ended is None:
+            timeline.ended = time.monotonic()
+        self.metrics.ended(timeline, reason)
+        if self.tracer is not None and self._info is not None:
+            name = self._info.served_model_name
+            trace = self.tracer.span(caller.trace, timeline, stream.request_id, name, reason)
+        if logger.isEnabledFor(logging.INFO):
+            first = None if timeline.first is None else round(timeline.first - timeline.arrived, 6)
+            told = fields(
+                request_id=stream.request_id,
+                trace_id=trace,
+                finish_reason=reason,
+                prompt_tokens=timeline.prompt_tokens,
+                cached_tokens=timeline.cached_tokens,
+                completion_tokens=timeline.tokens,
+                time_to_first_token=first,
+                seconds=round(timeline.ended - timeline.arrived, 6),
+            )
+            logger.info("request ended", extra=told)
+
     async def _begin(self, info: ModelInfo) -> None:
         try:
             self.tokenizer_files = await asyncio.to_thread(read_files, info.model_path)
@@ -364,6 +557,7 @@ class RemoteEngine:
             self.tokenizer_problem = str(error)
             logger.warning("only token ids can be served, no text: %s", error)
         self._info = info
+        self.metrics.begin(info)
         if self.phase is Phase.STARTING:
             self._turn(Phase.SERVING, "serving")
             self.link.send(Serving())
@@ -381,11 +575,17 @@ class RemoteEngine:
             self._loads.set_exception(error)
             self._loads.exception()  # asked for, lest it be logged where nobody waits
 
+        for asked in self._tables.values():
+            if not asked.done():
+                asked.set_exception(error)
+
     def _turn(self, phase: Phase, reason: str) -> None:
         self.phase, self.reason = phase, reason
         self.phase_changed.set()
         if phase is Phase.ENDED:
             self.ended.set()
+            if self._kv_log is not None:
+                self._kv_log.changed.set()
 
 
 def _rejection(kind: str, message: str, field: str) -> Exception:

@@ -1,7 +1,7 @@
 """The engine's process: starts the front end, builds the engine, runs it, and brings both to an end."""
 
 import contextlib
-import ipaddress
+import dataclasses
 import logging
 import os
 import signal
@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import msgspec
 
@@ -26,24 +26,90 @@ from jaxmoe.serving.link import (
     Progress,
     Ready,
 )
+from jaxmoe.serving.logs import LogFormat
+from jaxmoe.serving.security import is_loopback
 
 logger = logging.getLogger(__name__)
 
 Report: TypeAlias = Callable[[str], None]
-BuildEngine: TypeAlias = Callable[[Report], tuple[EngineLike, ModelInfo]]
+
+
+class Served(NamedTuple):
+    """tables: makes what `jaxmoe.v1.Admin` tells of the engine; see `jaxmoe.serving.engine_loop.serve_engine`."""
+
+    engine: EngineLike
+    info: ModelInfo
+    tables: Callable[[str, str], bytes] | None = None
+
+
+BuildEngine: TypeAlias = Callable[[Report], Served]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """Where and how a server serves.
+
+    port: 0 takes a free one, as does metrics_port; that is None where metrics are not served.
+    insecure_bind: allows hosts beyond loopback on a port that is not encrypted.
+    tls_cert, tls_key: PEM files. tls_client_ca: clients must have a certificate of this authority.
+    auth_token_file: bearer tokens, one a line, of which clients must send one.
+    drain_timeout: seconds that running requests have to end.
+    step_timeout: seconds a step may take before the engine counts as stalled and its requests fail.
+    max_backlog: tokens that may wait for the reader of a stream before it is cut off.
+    read_timeout: seconds that a client has to read the rest of an answer once it has ended.
+    max_client_requests: that one client may have open at once; 0 for no limit.
+    otlp_endpoint: of an OpenTelemetry collector, over HTTP; None makes no traces.
+
+    Raises ConfigError if these do not go together.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 50051
+    insecure_bind: bool = False
+    reflection: bool = True
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    tls_client_ca: str | None = None
+    auth_token_file: str | None = None
+    drain_timeout: float = 30.0
+    step_timeout: float = 120.0
+    max_backlog: int = 16384
+    read_timeout: float = 60.0
+    max_client_requests: int = 0
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int | None = None
+    otlp_endpoint: str | None = None
+    log_format: LogFormat = "text"
+
+    def __post_init__(self) -> None:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError("--tls-cert and --tls-key go together; give both, or neither")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ConfigError("--tls-client-ca needs --tls-cert and --tls-key: clients show theirs over TLS only")
+        for option, port in (("--port", self.port), ("--metrics-port", self.metrics_port)):
+            if port is not None and not 0 <= port < 1 << 16:
+                raise ConfigError(f"{option} {port} is not in 0..65535 (0 takes a free one)")
+        if self.max_client_requests < 0:
+            raise ConfigError(f"--max-client-requests {self.max_client_requests} must be at least 0 (0: no limit)")
+        if self.insecure_bind:
+            return
+        if self.tls_cert is None and not is_loopback(self.host):
+            raise ConfigError(
+                f"--host {self.host} opens a port that is neither encrypted nor authenticated beyond this machine; "
+                "use 127.0.0.1, or --tls-cert and --tls-key, or add --insecure-bind if the network is trusted"
+            )
+        if self.metrics_port is not None and not is_loopback(self.metrics_host):
+            raise ConfigError(
+                f"--metrics-host {self.metrics_host} shows the metrics, unencrypted, beyond this machine; use "
+                "127.0.0.1, or add --insecure-bind if the network is trusted"
+            )
 
 
 def run(
     build_engine: BuildEngine,
+    config: ServerConfig = ServerConfig(),
     *,
-    host: str = "127.0.0.1",
-    port: int = 50051,
-    insecure_bind: bool = False,
-    reflection: bool = True,
-    drain_timeout: float = 30.0,
-    step_timeout: float = 120.0,
-    max_backlog: int = 16384,
-    on_bound: Report | None = None,
+    on_bound: Callable[[Bound], object] | None = None,
     on_ready: Report | None = None,
 ) -> int:
     """Serves an engine over gRPC until SIGTERM or SIGINT; returns the exit code. Call it in the main thread.
@@ -52,36 +118,26 @@ def run(
     is built. The first signal after that drains, a second ends at once; before, the first ends at once.
 
     build_engine: makes the engine; it is given a function that takes a line on how far it has come.
-    port: 0 takes a free one; `on_bound` is told the address in any case.
-    insecure_bind: allows a host beyond loopback, although the port is neither encrypted nor authenticated.
-    drain_timeout: seconds that running requests have to end.
-    step_timeout: seconds a step may take before the engine counts as stalled and its requests fail.
-    max_backlog: tokens that may wait for the reader of a stream before it is cut off.
-    on_bound, on_ready: called with the address once the port is open, and once requests are served.
+    on_bound: called with the addresses once the ports are open. on_ready: with the address, once requests are served.
 
     Raises ConfigError if it cannot listen there, and whatever `build_engine` raises.
     """
-    _check_host(host, insecure_bind=insecure_bind)
-    if not 0 <= port < 1 << 16:
-        raise ConfigError(f"--port {port} is not in 0..65535 (0 takes a free one)")
-    config = FrontendConfig(
-        host=host,
-        port=port,
-        reflection=reflection,
-        drain_timeout=drain_timeout,
-        step_timeout=step_timeout,
-        max_backlog=max_backlog,
-        log_level=logging.getLogger().getEffectiveLevel(),
-    )
-    with _handlers(signal.SIG_DFL), Frontend(config) as frontend:
+    shared = {name: value for name, value in dataclasses.asdict(config).items() if name != "insecure_bind"}
+    frontend_config = FrontendConfig(**shared, log_level=logging.getLogger().getEffectiveLevel())
+    with _handlers(signal.SIG_DFL), Frontend(frontend_config) as frontend:
         if on_bound:
-            on_bound(frontend.address)
+            on_bound(frontend.bound)
         with contextlib.suppress(LinkClosed):
-            engine, info = build_engine(lambda text: frontend.link.send(Progress(text)))
+            engine, info, tables = build_engine(lambda text: frontend.link.send(Progress(text)))
             with frontend.signals():
                 frontend.link.send(Ready(info))
                 try:
-                    serve_engine(engine, frontend.link, on_serving=lambda: on_ready and on_ready(frontend.address))
+                    serve_engine(
+                        engine,
+                        frontend.link,
+                        on_serving=lambda: on_ready and on_ready(frontend.address),
+                        tables=tables,
+                    )
                 except Exception:
                     logger.exception("the engine failed; the server ends")
                     return 1
@@ -113,8 +169,8 @@ class Frontend:
         self.link = EngineLink(ours)
         try:
             match self.link.receive(block=True):
-                case [Bound(address)]:
-                    self.address = address
+                case [Bound() as bound]:
+                    self.bound = bound
                 case [BindFailed(message)]:
                     raise ConfigError(message)
         except LinkClosed:
@@ -123,6 +179,10 @@ class Frontend:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def address(self) -> str:
+        return self.bound.address
 
     def __enter__(self) -> "Frontend":
         return self
@@ -166,15 +226,3 @@ def _handlers(handler: Callable[[int, FrameType | None], object] | signal.Handle
     finally:
         for number, earlier in previous.items():
             signal.signal(number, earlier)
-
-
-def _check_host(host: str, *, insecure_bind: bool) -> None:
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback and not insecure_bind:
-        raise ConfigError(
-            f"--host {host} opens a port that is neither encrypted nor authenticated beyond this machine; "
-            "use 127.0.0.1, or add --insecure-bind if the network is trusted"
-        )

@@ -1,6 +1,7 @@
 """`vllm.grpc.engine.VllmEngine`: the gRPC service that gateways speak, in front of the engine."""
 
 import asyncio
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
@@ -22,8 +23,21 @@ from smg_grpc_proto.generated.vllm_engine_pb2_grpc import VllmEngineServicer
 
 from jaxmoe.engine.request import Constraint, SamplingParams, TopLogprobs
 from jaxmoe.errors import DuplicateRequestError, InvalidRequestError, QueueFullError, UnavailableError
+from jaxmoe.serving.kv_log import Told
 from jaxmoe.serving.link import ModelInfo
-from jaxmoe.serving.remote_engine import EngineFailedError, Finish, Phase, Piece, RemoteEngine, SlowReaderError, Stream
+from jaxmoe.serving.logs import fields
+from jaxmoe.serving.metrics import waiting_by_rank
+from jaxmoe.serving.remote_engine import (
+    Caller,
+    EngineFailedError,
+    Finish,
+    Phase,
+    Piece,
+    RemoteEngine,
+    SlowReaderError,
+    Stream,
+)
+from jaxmoe.serving.security import caller_key
 from jaxmoe.serving.tokenization import AnswerText, pack_files
 
 logger = logging.getLogger(__name__)
@@ -35,6 +49,8 @@ _MAX_STOPS = 32
 _MAX_STOP_LENGTH = 512
 _MAX_CONSTRAINT = 1 << 18
 _TOKENIZER_CHUNK = 1 << 20
+_STATUS_TIMEOUT = 1.0
+_LONGEST_WAIT = 3600.0
 
 _STATUS: dict[type[Exception], grpc.StatusCode] = {
     InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
@@ -80,14 +96,17 @@ _LEFT_TO_CLIENT = frozenset(("skip_special_tokens", "spaces_between_special_toke
 _REQUEST_FIELDS = frozenset(("request_id", "tokenized", "text", "sampling_params", "stream", "data_parallel_rank"))
 # Values beside the default that ask for nothing.
 _OFF: dict[str, tuple[Any, ...]] = {"kv_transfer_params_json": ("", "{}")}
+_TRACE_HEADERS = ("traceparent", "tracestate")
 _ENGINE_FIELDS = {"prompt": "input", "rank": "data_parallel_rank"}
 
 
 class Servicer(VllmEngineServicer):
     """All handlers run on one event loop, which never waits for the engine."""
 
-    def __init__(self, engine: RemoteEngine) -> None:
+    def __init__(self, engine: RemoteEngine, *, bearer: bool = False) -> None:
+        """bearer: callers have shown a token that is known."""
         self._engine = engine
+        self._bearer = bearer
         self._start = time.monotonic()
         self._last_receive = 0.0
         self._archive: bytes | None = None
@@ -99,13 +118,18 @@ class Servicer(VllmEngineServicer):
         except grpc.aio.AbortError:
             raise
         except Exception as error:
-            await _abort(context, error)
+            code = _STATUS.get(type(error), grpc.StatusCode.INTERNAL).name
+            self._engine.metrics.refused(code)
+            logger.info("request refused", extra=fields(request_id=request.request_id, code=code))
+            await abort(context, error)
 
     async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortResponse:
         self._engine.abort(request.request_ids)
         return pb.AbortResponse()
 
     async def HealthCheck(self, request: Any, context: grpc.aio.ServicerContext) -> pb.HealthCheckResponse:
+        # A gateway takes who answers at all for a worker, and asks once what it serves: too early while it starts.
+        await self._info(context)
         return pb.HealthCheckResponse(healthy=self._engine.phase is Phase.SERVING, message=self._engine.reason)
 
     async def GetModelInfo(self, request: Any, context: grpc.aio.ServicerContext) -> pb.GetModelInfoResponse:
@@ -146,13 +170,11 @@ class Servicer(VllmEngineServicer):
         try:
             loads = await self._engine.loads()
         except (UnavailableError, EngineFailedError) as error:
-            await _abort(context, error)
+            await abort(context, error)
         info = self._engine.info
-        # Requests that wait for whichever rank has a place first are counted evenly over the ranks.
-        unplaced = max(0, self._engine.num_live - sum(rank.running + rank.waiting for rank in loads))
+        in_queue = waiting_by_rank(loads, self._engine.unplaced(loads))
         report = []
-        for n, rank in enumerate(loads):
-            waiting = rank.waiting + (unplaced + len(loads) - 1 - n) // len(loads)
+        for n, (rank, waiting) in enumerate(zip(loads, in_queue, strict=True)):
             report.append(
                 pb.SchedulerLoad(
                     dp_rank=n,
@@ -189,8 +211,17 @@ class Servicer(VllmEngineServicer):
     async def Embed(self, request: Any, context: grpc.aio.ServicerContext) -> NoReturn:
         await _unimplemented(context, "this server generates tokens; it makes no embeddings")
 
-    async def FlushCache(self, request: Any, context: grpc.aio.ServicerContext) -> NoReturn:
-        await _unimplemented(context, "this version has no prefix cache to flush")
+    async def FlushCache(
+        self, request: common_pb2.FlushCacheRequest, context: grpc.aio.ServicerContext
+    ) -> common_pb2.FlushCacheResponse:
+        try:
+            done = await self._engine.clear_prefix_cache(min(max(0.0, request.timeout_s), _LONGEST_WAIT))
+        except (UnavailableError, EngineFailedError) as error:
+            await abort(context, error)
+        if done:
+            return common_pb2.FlushCacheResponse(success=True, message="the prefix cache is empty")
+        text = f"{self._engine.num_open} requests are open; flush when they have ended, or give it more seconds to wait"
+        return common_pb2.FlushCacheResponse(success=False, message=text)
 
     async def StartProfile(self, request: Any, context: grpc.aio.ServicerContext) -> NoReturn:
         await _unimplemented(context, "this version has no profiling over gRPC")
@@ -198,8 +229,17 @@ class Servicer(VllmEngineServicer):
     async def StopProfile(self, request: Any, context: grpc.aio.ServicerContext) -> NoReturn:
         await _unimplemented(context, "this version has no profiling over gRPC")
 
-    async def SubscribeKvEvents(self, request: Any, context: grpc.aio.ServicerContext) -> NoReturn:
-        await _unimplemented(context, "this version publishes no KV cache events")
+    async def SubscribeKvEvents(
+        self, request: common_pb2.SubscribeKvEventsRequest, context: grpc.aio.ServicerContext
+    ) -> None:
+        info = await self._info(context)
+        if not info.prefix_cache:
+            await _unimplemented(context, "this server has no prefix cache to tell of")
+        await context.send_initial_metadata(())  # a subscriber waits for it, and events may not come for long
+        async with contextlib.aclosing(self._engine.kv_events(request.start_sequence_number)) as events:
+            async for told in events:
+                await context.write(_kv_batch(told, info.page_size))
+        await context.abort(grpc.StatusCode.UNAVAILABLE, self._engine.reason)
 
     async def _generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
         engine, info, asked = self._engine, self._engine.info, request.sampling_params
@@ -207,7 +247,8 @@ class Servicer(VllmEngineServicer):
         params = _sampling_params(asked, info)
         answers = self._answers(asked, params)
         request_id = request.request_id or str(uuid.uuid4())
-        with engine.open(request_id, streams=request.stream, answers=answers) as stream:
+        caller = Caller(caller_key(context, bearer=self._bearer), _trace_headers(context))
+        with engine.open(request_id, streams=request.stream, answers=answers, caller=caller) as stream:
             prompt = await self._prompt(request, info)
             left = context.time_remaining()
             if left is not None and left <= 0:
@@ -215,7 +256,8 @@ class Servicer(VllmEngineServicer):
             rank = request.data_parallel_rank if request.HasField("data_parallel_rank") else None
             engine.submit(stream, prompt, params, rank)
             send = _send_stream if request.stream else _send_whole
-            await send(stream, context, prompt, params, logprobs=asked.HasField("logprobs"))
+            async with stream.reading():
+                await send(stream, context, prompt, params, logprobs=asked.HasField("logprobs"))
 
     async def _prompt(self, request: pb.GenerateRequest, info: ModelInfo) -> Sequence[int]:
         if request.WhichOneof("input") == "text":
@@ -275,7 +317,11 @@ class Servicer(VllmEngineServicer):
         try:
             return self._engine.info
         except UnavailableError as error:
-            await _abort(context, error)
+            await abort(context, error)
+
+
+def _trace_headers(context: grpc.aio.ServicerContext) -> dict[str, str]:
+    return {key: str(value) for key, value in context.invocation_metadata() or () if key in _TRACE_HEADERS}
 
 
 async def _send_stream(
@@ -295,6 +341,7 @@ async def _send_stream(
             chunk = pb.GenerateStreamChunk(
                 token_ids=piece.token_ids,
                 prompt_tokens=len(prompt),
+                cached_tokens=stream.timeline.cached_tokens,
                 completion_tokens=len(piece.token_ids),
                 index=piece.sample,
             )
@@ -302,7 +349,7 @@ async def _send_stream(
             await context.write(pb.GenerateResponse(chunk=chunk))
         if piece.finish is not None:
             left -= 1
-            complete = _complete(piece.finish, piece.sample, len(prompt), totals[piece.sample])
+            complete = _complete(piece.finish, piece.sample, stream, totals[piece.sample])
             await context.write(pb.GenerateResponse(complete=complete))
 
 
@@ -323,7 +370,7 @@ async def _send_whole(
         _add_logprobs(whole, piece, prompt, params, logprobs=logprobs)
         if piece.finish is not None:
             left -= 1
-            whole.MergeFrom(_complete(piece.finish, piece.sample, len(prompt), len(whole.output_ids)))
+            whole.MergeFrom(_complete(piece.finish, piece.sample, stream, len(whole.output_ids)))
             await context.write(pb.GenerateResponse(complete=whole))
 
 
@@ -355,15 +402,37 @@ def _top(top: TopLogprobs) -> pb.TopLogProbs:
     return pb.TopLogProbs(values=[value for _, value in top], token_ids=[token for token, _ in top])
 
 
-def _complete(finish: Finish, index: int, prompt_tokens: int, completion_tokens: int) -> pb.GenerateComplete:
+def _complete(finish: Finish, index: int, stream: Stream, completion_tokens: int) -> pb.GenerateComplete:
     return pb.GenerateComplete(
         index=index,
         finish_reason=finish.reason,
-        prompt_tokens=prompt_tokens,
+        prompt_tokens=stream.timeline.prompt_tokens,
+        cached_tokens=stream.timeline.cached_tokens,
         completion_tokens=completion_tokens,
         matched_token_id=finish.stop_token,
         matched_stop_str=finish.stop_string,
     )
+
+
+def _kv_batch(told: Told, page_size: int) -> common_pb2.KvEventBatch:
+    number, rank, events = told.batch
+    message = common_pb2.KvEventBatch(sequence_number=number, timestamp=time.time(), dp_rank=rank)
+    if told.blocks is not None:
+        message.snapshot.count, message.snapshot.blocks = 1, told.blocks
+    for index, event in enumerate(events):
+        one = message.events.add(event_id=index if told.blocks is None else 0)
+        match event.kind:
+            case "cleared":
+                one.cleared.SetInParent()
+            case "removed":
+                one.removed.block_hashes.extend(event.hashes)
+            case "stored":
+                if event.parent is not None:
+                    one.stored.parent_block_hash = event.parent
+                for n, page in enumerate(event.hashes):
+                    tokens = event.token_ids[n * page_size : (n + 1) * page_size]
+                    one.stored.blocks.add(block_hash=page, token_ids=tokens, block_size=page_size)
+    return message
 
 
 def _check_fields(request: pb.GenerateRequest, info: ModelInfo) -> None:
@@ -451,7 +520,7 @@ def _too_long(length: str, info: ModelInfo, field: str) -> InvalidRequestError:
     )
 
 
-async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:
+async def abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:
     """Ends an RPC with the error's status and, where there is one, its google.rpc detail."""
     code, text = _STATUS.get(type(error)), str(error)
     if code is None:
@@ -465,8 +534,10 @@ async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> NoRetur
         delay = duration_pb2.Duration(seconds=1)
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
     details = (("grpc-status-details-bin", status.SerializeToString()),) if status.details else ()
-    await context.abort(code, text, details)
-    raise AssertionError("abort returned")
+    # To a client that does not read, the status is on its way but not sent: there is no use in waiting for it.
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(context.abort(code, text, details), _STATUS_TIMEOUT)
+    raise grpc.aio.AbortError
 
 
 def _field_path(field: str) -> str:

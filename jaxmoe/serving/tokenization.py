@@ -126,6 +126,10 @@ class Tokenizer:
         except jinja2.TemplateError as error:
             raise InvalidRequestError(f"the chat template refuses this conversation: {error}", "messages") from error
 
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The tokens of `render_chat`."""
+        return self.encode(self.render_chat(messages), add_special_tokens=False)
+
     def _token_bytes(self, token: int) -> bytes:
         """What a token adds to a text; nothing if the tokenizer does not have it."""
         if token in self._added:

@@ -19,10 +19,10 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 import jaxmoe
+from jaxmoe.client import Client
 from jaxmoe.demo import DEMO_MODEL
 from jaxmoe.engine.request import Constraint, SamplingParams
 from jaxmoe.errors import InvalidRequestError, JaxmoeError
-from jaxmoe.serving.client import Client
 from jaxmoe.serving.tokenization import Tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -79,7 +79,7 @@ def prompts(tokenizer):
 
 
 def tokens_of(client, prompt, params=GREEDY):
-    return [token for delta in client.generate(prompt, params) for token in delta.token_ids]
+    return [token for delta in client.stream(prompt, params) for token in delta.token_ids]
 
 
 def test_64_concurrent_streams_bring_the_same_greedy_tokens_as_one_by_one(server, prompts):
@@ -102,7 +102,7 @@ def test_requests_that_ask_for_much_are_served_beside_plain_ones(server, prompts
         def answer(index):
             if index % 3 == 0:
                 params = SamplingParams(temperature=1.0, seed=index, max_tokens=60, constraint=constraint)
-                return "".join(delta.text for delta in client.generate(prompts[index], params))
+                return "".join(delta.text for delta in client.stream(prompts[index], params))
             return tokens_of(client, prompts[index], penalised if index % 3 == 1 else GREEDY)
 
         alone = [answer(index) for index in range(9)]
@@ -115,9 +115,7 @@ def test_requests_that_ask_for_much_are_served_beside_plain_ones(server, prompts
             assert value["kind"] in ("a", "b")
         with pytest.raises(InvalidRequestError, match="json_schema cannot be followed: Invalid type: nonsense"):
             list(
-                client.generate(
-                    prompts[0], SamplingParams(constraint=Constraint("json_schema", '{"type": "nonsense"}'))
-                )
+                client.stream(prompts[0], SamplingParams(constraint=Constraint("json_schema", '{"type": "nonsense"}')))
             )
 
 
@@ -178,7 +176,7 @@ def test_a_model_of_random_weights_answers_tokens_with_tokens(pytestconfig):
 def test_a_bad_request_is_explained_and_the_others_go_on_unchanged(server, prompts):
     with Client(server) as client:
         expected = tokens_of(client, prompts[5])
-        running = client.generate(prompts[5], GREEDY)
+        running = client.stream(prompts[5], GREEDY)
         tokens = list(next(running).token_ids)
         with pytest.raises(InvalidRequestError, match="prompt of 128 tokens leaves no room"):
             tokens_of(client, [5] * 128)

@@ -1,4 +1,5 @@
 import json
+import subprocess
 
 import pytest
 import tokenizers
@@ -47,3 +48,21 @@ def tokenizer(checkpoint):
 def server(checkpoint):
     with serving(model_info(checkpoint), pace=0.001) as server:
         yield server
+
+
+def make(directory, *arguments):
+    subprocess.run(["openssl", *arguments], cwd=directory, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="session")
+def pki(tmp_path_factory):
+    """An authority, a certificate of it for this machine, and one for a client."""
+    directory = tmp_path_factory.mktemp("pki")
+    new_key = ["req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    make(directory, *new_key, "-x509", "-days", "30", "-subj", "/CN=authority", "-keyout", "ca.key", "-out", "ca.pem")
+    (directory / "names").write_text("subjectAltName=IP:127.0.0.1")
+    for name in ("server", "client"):
+        make(directory, *new_key, "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.csr")
+        signing = ["x509", "-req", "-days", "30", "-CA", "ca.pem", "-CAkey", "ca.key", "-extfile", "names"]
+        make(directory, *signing, "-in", f"{name}.csr", "-out", f"{name}.pem")
+    return directory

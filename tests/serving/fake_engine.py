@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+from types import SimpleNamespace
 
 from jaxmoe.engine.request import Output
 from jaxmoe.errors import DuplicateRequestError, InvalidRequestError, QueueFullError
@@ -30,6 +31,9 @@ def model_info(model_path, **changes):
     return ModelInfo(**fields | changes)
 
 
+NOTHING = SimpleNamespace(started=(), prefill_tokens=0, sequences=0, device_seconds=0.0)
+
+
 @dataclasses.dataclass
 class Live:
     request: object
@@ -50,12 +54,16 @@ class FakeEngine:
         self.gate = threading.Event()
         self.gate.set()
         self.submitted = []
+        self.begun = []
+        self.flushes = 0
+        self.kv_batches = []
         self.cancelled = []
         self.refusal = None
         self._news = threading.Condition()
         self._live = {}
         self._waiting = []
         self._aborted = []
+        self.last_step = NOTHING
 
     @property
     def has_work(self):
@@ -93,18 +101,26 @@ class FakeEngine:
         if self.crash:
             raise RuntimeError("secret detail of the crash")
         if self.failing:
-            self.failing, failed = False, [*self._live, *(live.request.id for live in self._waiting)]
-            self._live, self._waiting = {}, []
+            self.failing, failed = False, [name for name, _ in self._live]
+            failed += [live.request.id for live in self._waiting]
+            self._live, self._waiting, self.last_step = {}, [], NOTHING
             return [Output(key, (), (), "error", error="the step failed with SomeError") for key in failed]
         with self._news:
             outputs, self._aborted = self._aborted, []
+            started, prefilled = [], 0
             while self._waiting and len(self._live) < self.info.max_running:
                 live = self._waiting.pop(0)
                 self._live[live.request.id, live.index] = live
+                started.append(live.request.id)
+                self.begun.append(live.request.id)
+                prefilled += len(live.request.prompt)
             for key, live in list(self._live.items()):
                 outputs.append(self._advance(live))
                 if outputs[-1].finish_reason:
                     del self._live[key]
+            self.last_step = SimpleNamespace(
+                started=tuple(started), prefill_tokens=prefilled, sequences=len(outputs), device_seconds=0.0
+            )
             self._news.notify_all()
         return outputs
 
@@ -113,6 +129,24 @@ class FakeEngine:
         used = sum(-(-length // PAGE_SIZE) for length in lengths)
         idle = [RankLoad(0, 0, 0, PAGES)] * (self.info.num_ranks - 1)
         return [RankLoad(len(lengths), 0, used, PAGES), *idle]
+
+    def kv_events(self):
+        taken, self.kv_batches = self.kv_batches, []
+        return taken
+
+    def clear_prefix_cache(self):
+        self.flushes += 1
+
+    def counters(self):
+        return SimpleNamespace(
+            preemptions=3,
+            programs=7,
+            compile_seconds=2.5,
+            late_compiles=0,
+            failed_steps=1,
+            queried_tokens=40,
+            hit_tokens=30,
+        )
 
     def wait_until(self, predicate):
         with self._news:

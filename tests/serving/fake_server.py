@@ -9,7 +9,7 @@ import sys
 from fake_engine import FakeEngine, model_info
 
 from jaxmoe.errors import CheckpointError
-from jaxmoe.serving.server import run
+from jaxmoe.serving.server import Served, ServerConfig, run
 
 
 class Crashing(FakeEngine):
@@ -24,11 +24,11 @@ def build_engine(report):
     if sys.stdin.readline().strip() == "fail":
         raise CheckpointError("the checkpoint is not there")
     info = model_info(sys.argv[1])
-    return Crashing(info, pace=float(sys.argv[2])), info
+    return Served(Crashing(info, pace=float(sys.argv[2])), info)
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO)
+    logging.basicConfig(level=logging.WARNING)
 
     def say(text):
         print(text, flush=True)
@@ -36,9 +36,8 @@ if __name__ == "__main__":
     try:
         code = run(
             build_engine,
-            port=0,
-            drain_timeout=float(sys.argv[3]),
-            on_bound=say,
+            ServerConfig(port=0, drain_timeout=float(sys.argv[3])),
+            on_bound=lambda bound: say(bound.address),
             on_ready=lambda address: say("ready"),
         )
     except CheckpointError as error:

@@ -1,13 +1,18 @@
 """The real front end round a fake engine, and how tests call it."""
 
 import contextlib
+import pathlib
+import selectors
 import signal
+import subprocess
+import sys
 import threading
 
 import grpc
 import pytest
 from fake_engine import FakeEngine
 from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from smg_grpc_proto.generated.vllm_engine_pb2_grpc import VllmEngineStub
 
@@ -57,7 +62,8 @@ def error_detail(error, kind):
 
 
 @contextlib.contextmanager
-def serving(info, *, pace=0.0, step_timeout=120.0, max_backlog=16384):
+def serving(info, *, pace=0.0, step_timeout=120.0, max_backlog=16384, tables=None, **options):
+    """options: further fields of FrontendConfig."""
     config = FrontendConfig(
         host="127.0.0.1",
         port=0,
@@ -65,13 +71,14 @@ def serving(info, *, pace=0.0, step_timeout=120.0, max_backlog=16384):
         drain_timeout=5,
         step_timeout=step_timeout,
         max_backlog=max_backlog,
-        log_level=30,
+        log_level=options.pop("log_level", 30),
+        **options,
     )
     engine, ready, failures = FakeEngine(info, pace), threading.Event(), []
 
     def loop(link):
         try:
-            serve_engine(engine, link, on_serving=ready.set)
+            serve_engine(engine, link, on_serving=ready.set, tables=tables)
         except RuntimeError as error:
             failures.append(error)
 
@@ -91,3 +98,65 @@ def serving(info, *, pace=0.0, step_timeout=120.0, max_backlog=16384):
             thread.join(20)
             assert not thread.is_alive()
     assert len(failures) == engine.crash
+
+
+def tls(pki, **options):
+    return {"tls_cert": str(pki / "server.pem"), "tls_key": str(pki / "server.key"), **options}
+
+
+class Process:
+    """A server in a process of its own, as `jaxmoe.serve` runs it."""
+
+    def __init__(self, checkpoint, pace, drain_timeout=30.0):
+        script = pathlib.Path(__file__).with_name("fake_server.py")
+        self.popen = subprocess.Popen(
+            [sys.executable, script, checkpoint, str(pace), str(drain_timeout)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,  # or a line could hide from `select` in a buffer
+        )
+        self.address = self.line()
+        assert self.line() == "building"
+        self.channel = grpc.insecure_channel(self.address)
+        self.stub = VllmEngineStub(self.channel)
+        self.health = health_pb2_grpc.HealthStub(self.channel)
+
+    def line(self):
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.popen.stdout, selectors.EVENT_READ)
+            assert selector.select(timeout=30)
+        return self.popen.stdout.readline().decode().strip()
+
+    def build(self, how="go"):
+        self.popen.stdin.write(f"{how}\n".encode())
+
+    def ready(self):
+        self.build()
+        assert self.line() == "ready"
+
+    def signal(self, number=signal.SIGTERM):
+        self.popen.send_signal(number)
+
+    def end(self):
+        """Exit code and what it wrote to its log, once both processes are gone: they share the pipe."""
+        _, log = self.popen.communicate(timeout=30)
+        return self.popen.returncode, log.decode()
+
+    def status(self, service=""):
+        return self.health.Check(health_pb2.HealthCheckRequest(service=service), timeout=30).status
+
+    def watch(self, service=pb.DESCRIPTOR.services_by_name["VllmEngine"].full_name):
+        return self.health.Watch(health_pb2.HealthCheckRequest(service=service), timeout=60)
+
+
+@contextlib.contextmanager
+def process(checkpoint, pace=0.001, drain_timeout=30.0):
+    server = Process(checkpoint, pace, drain_timeout)
+    try:
+        yield server
+    finally:
+        server.channel.close()
+        if server.popen.poll() is None:
+            server.popen.kill()
+            server.popen.communicate(timeout=30)

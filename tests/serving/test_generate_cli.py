@@ -9,10 +9,10 @@ from fake_engine import FakeEngine, model_info
 from harness import serving
 
 import jaxmoe
+from jaxmoe.client import Client
 from jaxmoe.engine.request import Request
 from jaxmoe.errors import CheckpointError
 from jaxmoe.generate import main
-from jaxmoe.serving.client import Client
 from jaxmoe.serving.tokenization import Delta
 
 
@@ -160,7 +160,7 @@ def test_an_interrupt_stops_the_answer_and_keeps_what_came(model, capsys, say, m
         yield Delta((6,), " second")
         pytest.fail("went on")
 
-    monkeypatch.setattr("jaxmoe.generate.InProcess.generate", generate)
+    monkeypatch.setattr("jaxmoe.generate.InProcess.stream", generate)
     handler = signal.getsignal(signal.SIGINT)
     say("/quit")
     assert main(["hello", "--chat"]) == 0
@@ -208,7 +208,7 @@ def test_arguments_that_make_no_sense_together(arguments, capsys):
 
 def test_closing_the_answer_of_a_client_cancels_it(server):
     with Client(server.address) as client:
-        answer = client.generate([5, 6])
+        answer = client.stream([5, 6])
         assert next(answer).token_ids[0] == 5
         key = server.engine.submitted[-1].id
         answer.close()

@@ -215,6 +215,22 @@ def test_a_deadline_reaches_the_engine(server, stream):
     server.engine.wait_until(lambda engine: key in engine.cancelled)
 
 
+def test_a_request_whose_deadline_passes_in_the_queue_never_begins(checkpoint):
+    with serving(model_info(checkpoint)) as server:
+        running = server.generate(PROMPT, stream=True)
+        next(running)
+        server.engine.gate.clear()
+        assert server.refusal(PROMPT, timeout=0.3).code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        while server.stub.GetServerInfo(pb.GetServerInfoRequest()).active_requests > 1:
+            pass
+        server.engine.gate.set()
+        server.engine.wait_until(lambda engine: len(engine.cancelled) == 1)
+        (key,) = server.engine.cancelled
+        assert key == server.engine.submitted[-1].id
+        assert key not in server.engine.begun
+        running.cancel()
+
+
 def test_everything_is_free_again_after_a_cancel(server):
     call = server.generate(PROMPT * 100, stream=True)
     next(call)
@@ -319,6 +335,12 @@ def test_bad_input_is_named(server, prompt, fields, path, words):
     assert [v.field for v in error_detail(error, "BadRequest").field_violations] == [path]
 
 
+def test_a_message_beyond_the_limit_is_refused(server):
+    error = server.refusal("x" * (65 << 20))
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "larger than max" in error.details()
+
+
 def test_sixty_four_streams_at_once(server):
     def ask(n):
         chunks, end = chunks_and_complete(server.generate([n + 2, n + 3], stream=True, max_tokens=100))
@@ -375,6 +397,20 @@ def test_a_reader_that_falls_behind_is_cut_off(checkpoint):
                 list(call)
         assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "read faster" in error.value.details()
+
+
+def test_an_answer_that_nobody_reads_is_not_kept(checkpoint):
+    with serving(model_info(checkpoint), read_timeout=0.2) as server:
+        small_window = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16384)]
+        with grpc.insecure_channel(server.address, options=small_window) as channel:
+            fields = {"stream": True, "logprobs": 1, "max_tokens": 10_000}
+            call = type(server.stub)(channel).Generate(generate_request(PROMPT, **fields), timeout=60)
+            while server.stub.GetServerInfo(pb.GetServerInfoRequest()).active_requests or not server.engine.submitted:
+                pass
+            with pytest.raises(grpc.RpcError) as error:
+                list(call)
+        assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "within 0.2 s of its end" in error.value.details()
 
 
 def test_without_a_tokenizer_tokens_are_served_and_text_is_refused(tmp_path):

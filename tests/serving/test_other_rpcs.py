@@ -18,7 +18,7 @@ from jaxmoe.serving.tokenization import Tokenizer, read_files, unpack_files
 
 def test_reflection_lists_and_describes_the_services(server):
     database = ProtoReflectionDescriptorDatabase(server.channel)
-    assert {"vllm.grpc.engine.VllmEngine", "grpc.health.v1.Health"} <= set(database.get_services())
+    assert {"vllm.grpc.engine.VllmEngine", "jaxmoe.v1.Admin", "grpc.health.v1.Health"} <= set(database.get_services())
     assert database.FindFileContainingSymbol("vllm.grpc.engine.VllmEngine").name == "vllm_engine.proto"
 
 
@@ -69,7 +69,6 @@ def test_the_tokenizer_comes_over_the_wire(server, checkpoint):
     ("method", "request_type"),
     [
         ("Embed", pb.EmbedRequest),
-        ("FlushCache", common_pb2.FlushCacheRequest),
         ("StartProfile", common_pb2.StartProfileRequest),
         ("StopProfile", common_pb2.StopProfileRequest),
     ],
@@ -79,6 +78,22 @@ def test_what_is_not_there_says_so(server, method, request_type):
         getattr(server.stub, method)(request_type(), timeout=30)
     assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
     assert "this" in error.value.details()
+
+
+def test_the_prefix_cache_is_flushed_when_nothing_runs(server):
+    server.engine.wait_until(lambda engine: not engine.has_work)
+    flush = server.stub.FlushCache
+    assert flush(common_pb2.FlushCacheRequest(timeout_s=20), timeout=30).success
+    assert server.engine.flushes == 1
+    call = server.generate([5], stream=True)
+    next(call)
+    refused = flush(common_pb2.FlushCacheRequest(), timeout=30)
+    assert (refused.success, server.engine.flushes) == (False, 1)
+    assert "1 requests are open" in refused.message
+    waiting = flush.future(common_pb2.FlushCacheRequest(timeout_s=20), timeout=30)
+    call.cancel()
+    assert waiting.result().success
+    assert server.engine.flushes == 2
 
 
 def test_kv_events_are_unimplemented(server):
@@ -102,6 +117,15 @@ class Expired:
 
     def time_remaining(self):
         return 0.0
+
+    def peer(self):
+        return "ipv4:127.0.0.1:1"
+
+    def peer_identities(self):
+        return None
+
+    def invocation_metadata(self):
+        return ()
 
     async def abort(self, code, text, details=()):
         raise Aborted(code)

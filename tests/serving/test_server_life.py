@@ -1,83 +1,20 @@
-import contextlib
 import os
 import pathlib
-import selectors
 import signal
-import subprocess
-import sys
 
 import grpc
 import pytest
 from fake_engine import model_info
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from harness import generate_request, serving
+from harness import generate_request, process, serving
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
-from smg_grpc_proto.generated.vllm_engine_pb2_grpc import VllmEngineStub
 
 from jaxmoe.errors import ConfigError
 from jaxmoe.serving.link import FrontendConfig
-from jaxmoe.serving.server import Frontend, run
+from jaxmoe.serving.server import Frontend, ServerConfig
 
 SERVICE = "vllm.grpc.engine.VllmEngine"
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
-
-
-class Process:
-    """A server in a process of its own, as `jaxmoe.serve` runs it."""
-
-    def __init__(self, checkpoint, pace, drain_timeout=30.0):
-        script = pathlib.Path(__file__).with_name("fake_server.py")
-        self.popen = subprocess.Popen(
-            [sys.executable, script, checkpoint, str(pace), str(drain_timeout)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            bufsize=0,  # or a line could hide from `select` in a buffer
-        )
-        self.address = self.line()
-        assert self.line() == "building"
-        self.channel = grpc.insecure_channel(self.address)
-        self.stub = VllmEngineStub(self.channel)
-        self.health = health_pb2_grpc.HealthStub(self.channel)
-
-    def line(self):
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.popen.stdout, selectors.EVENT_READ)
-            assert selector.select(timeout=30)
-        return self.popen.stdout.readline().decode().strip()
-
-    def build(self, how="go"):
-        self.popen.stdin.write(f"{how}\n".encode())
-
-    def ready(self):
-        self.build()
-        assert self.line() == "ready"
-
-    def signal(self, number=signal.SIGTERM):
-        self.popen.send_signal(number)
-
-    def end(self):
-        """Exit code and what it wrote to its log, once both processes are gone: they share the pipe."""
-        _, log = self.popen.communicate(timeout=30)
-        return self.popen.returncode, log.decode()
-
-    def status(self, service=""):
-        return self.health.Check(health_pb2.HealthCheckRequest(service=service), timeout=30).status
-
-    def watch(self, service=SERVICE):
-        return self.health.Watch(health_pb2.HealthCheckRequest(service=service), timeout=60)
-
-
-@contextlib.contextmanager
-def process(checkpoint, pace=0.001, drain_timeout=30.0):
-    server = Process(checkpoint, pace, drain_timeout)
-    try:
-        yield server
-    finally:
-        server.channel.close()
-        if server.popen.poll() is None:
-            server.popen.kill()
-            server.popen.communicate(timeout=30)
 
 
 def test_from_not_serving_to_serving_to_drained(checkpoint):
@@ -92,9 +29,13 @@ def test_from_not_serving_to_serving_to_drained(checkpoint):
             list(server.stub.Generate(generate_request([5]), timeout=30))
         assert error.value.code() is grpc.StatusCode.UNAVAILABLE
         assert error.value.details() == "starting: compiling 1 of 2"
-        assert not server.stub.HealthCheck(pb.HealthCheckRequest(), timeout=30).healthy
-        with pytest.raises(grpc.RpcError, match="starting"):
-            server.stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=30)
+        for ask, request in (
+            (server.stub.HealthCheck, pb.HealthCheckRequest()),
+            (server.stub.GetModelInfo, pb.GetModelInfoRequest()),
+        ):
+            with pytest.raises(grpc.RpcError, match="starting") as error:
+                ask(request, timeout=30)
+            assert error.value.code() is grpc.StatusCode.UNAVAILABLE
 
         server.ready()
         assert next(changes).status == SERVING
@@ -244,4 +185,4 @@ def test_a_port_in_use_is_told(server):
 @pytest.mark.parametrize("host", ["0.0.0.0", "10.1.2.3", "::", "example.org"])
 def test_a_port_beyond_this_machine_must_be_asked_for(host):
     with pytest.raises(ConfigError, match="--insecure-bind"):
-        run(lambda report: pytest.fail("built"), host=host)
+        ServerConfig(host=host)
