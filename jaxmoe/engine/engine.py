@@ -12,6 +12,7 @@ from jaxmoe.engine.programs import Program
 from jaxmoe.engine.request import Output, Request, SamplingParams
 from jaxmoe.engine.runner import Runner
 from jaxmoe.engine.scheduler import RankLoad, Scheduler
+from jaxmoe.moe.statistics import LoadStatistics
 
 
 class Engine:
@@ -65,6 +66,11 @@ class Engine:
     def late_compiles(self) -> int:
         """Programs compiled after warm-up; 0 unless a step had a shape that no bucket foresaw."""
         return self._runner.executables.late_compiles
+
+    @property
+    def statistics(self) -> LoadStatistics:
+        """How evenly what was routed so far fell on experts and devices."""
+        return self._runner.statistics
 
     @property
     def programs(self) -> tuple[Program, ...]:

@@ -22,6 +22,7 @@ from jaxmoe.models.config import ModelConfig
 from jaxmoe.models.decoder import RANK_ROWS, Decoder, Execution, merge
 from jaxmoe.models.kv_cache import CacheShapes, KVCache, PagedContext
 from jaxmoe.moe.placement import Placement
+from jaxmoe.moe.statistics import count_loads
 from jaxmoe.ops.linear import Kernels
 from jaxmoe.ops.sampling import sample
 from jaxmoe.sharding.mesh import RANKS
@@ -95,9 +96,10 @@ class Executables:
 
     def __call__(
         self, shape: StepShape, cache: KVCache, packed: Int[np.ndarray, "R words"]
-    ) -> tuple[KVCache, Int[Array, "R B two"]]:
+    ) -> tuple[KVCache, Int[Array, "R B two"], Int[Array, "R L counts"] | None]:
         """Runs a step: the cache, updated in place, and each sequence's token with the bits of its log-probability.
 
+        Last, what the mixtures sent where (`moe.statistics.count_loads`), None without mixtures.
         The host array goes in as it is: the call's own transfer takes a tenth of the time of `jax.device_put`.
         """
         if shape not in self._forward:
@@ -106,8 +108,9 @@ class Executables:
         if shape.batch not in self._sample:
             self._count_late(f"sampling batch={shape.batch}")
             self._sample[shape.batch] = self.compile_sampling(shape.batch)
-        cache, logits, sampling = self._forward[shape](self._model.params, self._model.placement, cache, packed)
-        return cache, self._sample[shape.batch](logits, sampling)
+        step = self._forward[shape]
+        cache, logits, sampling, counts = step(self._model.params, self._model.placement, cache, packed)
+        return cache, self._sample[shape.batch](logits, sampling), counts
 
     def compile(self, shape: StepShape) -> Any:
         """The forward program (`jax.stages.Compiled`) of one shape."""
@@ -115,14 +118,17 @@ class Executables:
 
         def forward(
             params: Any, placement: Placement, cache: KVCache, packed: Int[Array, "R words"]
-        ) -> tuple[KVCache, Float[Array, "R B V"], Sampling]:
+        ) -> tuple[KVCache, Float[Array, "R B V"], Sampling, Int[Array, "R L counts"] | None]:
             decoder = merge(model.abstract, params)
             batch = unpack_ranks(packed, packing, shape)
             context = PagedContext(cache, batch.tables, batch.firsts)
-            hidden, written, _ = decoder(batch.tokens, batch.positions, placement, context, model.execution)
+            hidden, written, routed = decoder(batch.tokens, batch.positions, placement, context, model.execution)
             assert written is not None
             logits = decoder.logits(last_rows(hidden, batch.length, shape), model.execution.kernels)
-            return written.cache, logits.astype(jnp.float32), batch.sampling
+            counts = None
+            if routed is not None:
+                counts = count_loads(routed.slots, placement.slot_expert.shape[1], decoder.rules.spec.expert_devices)
+            return written.cache, logits.astype(jnp.float32), batch.sampling, counts
 
         words = self._on_ranks((packing.words(shape),), jnp.int32)
         return self._build(str(shape), forward, 2, model.params, model.placement, self._cache_shape, words)

@@ -34,6 +34,7 @@ from jaxmoe.models.random_weights import random_params
 from jaxmoe.models.registry import family_of
 from jaxmoe.moe.moving import mover, slot_sources
 from jaxmoe.moe.placement import initial_placement, placement_of
+from jaxmoe.moe.statistics import Exchange
 from jaxmoe.moe.strategy import Mixture, Strategy, check_strategy, choose
 from jaxmoe.ops import native
 from jaxmoe.ops.quantised import LARGEST, quantise
@@ -117,10 +118,9 @@ class Model:
         self.execution = dataclasses.replace(execution, platform=platform, kernels=chosen)
         check_strategy(self.execution.strategy, self.execution.platform)
         slots = slots_for(config.experts, spec, redundant_experts)
-        placement = initial_placement(len(config.stacks["moe"]), config.experts, slots)
         with jax.set_mesh(self.mesh):
             self.abstract: Decoder = nnx.eval_shape(lambda: family(config, slots, self.dtype, nnx.Rngs(0), self.rules))
-        slot_expert = np.asarray(placement.slot_expert)
+        slot_expert = initial_placement(len(config.stacks["moe"]), config.experts, slots).slot_expert
         self.params = self._load(hf, slot_expert, functools.partial(progress, "loading weights"))
         stored = EXPERT_WEIGHTS[expert_weights]
         if stored is not None and config.stacks["moe"]:
@@ -130,7 +130,7 @@ class Model:
                 )
                 self.params["experts"] = _kept_in(self.params["experts"], jnp.dtype(stored))
         use_huge_pages(self.params)
-        self.placement = jax.device_put(placement, NamedSharding(self.mesh, P()))
+        self._put_placement(slot_expert)
 
     def _load(self, hf: Mapping[str, Any], slot_expert: np.ndarray, progress: Callable[[int, int], None]) -> Any:
         family = type(self.abstract)
@@ -192,10 +192,10 @@ class Model:
         Steps read placement and weights as arguments, so nothing is compiled anew but, the first time, the move.
         Raises ConfigError, and changes nothing, on another shape or if an expert has no slot.
         """
-        old, new = np.asarray(self.placement.slot_expert), np.asarray(slot_expert, np.int32)
+        old, new = self.slot_expert, np.asarray(slot_expert, np.int32)
         if new.shape != old.shape:
             raise ConfigError(f"a placement of {new.shape} mixtures and slots does not fit {old.shape}")
-        placement = placement_of(new, self.config.experts)
+        placement_of(new, self.config.experts)
         stacks = self.params["experts"]
         move = mover(self.mesh, self.rules, tuple(leaf.sharding.spec for leaf in stacks.values()))
         leaves = tuple(stacks.values())
@@ -204,10 +204,20 @@ class Model:
             leaves = move(leaves, np.int32(layer), sources)
             # What was there before is gone with the call.
             self.params["experts"] = dict(zip(stacks, leaves, strict=True))
+        self._put_placement(new)
+
+    def _put_placement(self, slot_expert: Int[np.ndarray, "L S"]) -> None:
+        """From the next step on, tokens go where these slots are. Raises ConfigError and changes nothing if it must."""
+        placement = placement_of(slot_expert, self.config.experts)
         self.placement = jax.device_put(placement, NamedSharding(self.mesh, P()))
+        self.slot_expert = placement.slot_expert
 
     def strategy(self, tokens: int) -> Strategy:
         """How mixtures dispatch in a program of so many tokens a rank."""
+        return self.exchange(tokens).strategy
+
+    def exchange(self, tokens: int) -> Exchange:
+        """The same, with the shape of a mixture."""
         config, execution = self.config, self.execution
         shape = Mixture(
             tokens,
@@ -217,7 +227,7 @@ class Model:
             self.dtype.itemsize,
             execution.capacity_factor,
         )
-        return choose(execution.strategy, shape, execution.platform)
+        return Exchange(choose(execution.strategy, shape, execution.platform), shape)
 
     def logits(self, token_ids: Int[np.ndarray, "B T"] | Sequence[Sequence[int]]) -> Float[np.ndarray, "B T V"]:
         """Logits at every position of every row, float32, without a cache.

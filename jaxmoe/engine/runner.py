@@ -16,6 +16,7 @@ from jaxmoe.engine.pages import PageGroup, pages_reached
 from jaxmoe.engine.scheduler import StepPlan
 from jaxmoe.errors import ConfigError
 from jaxmoe.models.kv_cache import bytes_per_page, make_cache
+from jaxmoe.moe.statistics import LoadStatistics
 from jaxmoe.sharding.devices import use_huge_pages
 from jaxmoe.spans import FULL
 
@@ -39,6 +40,10 @@ class Runner:
         economy = READ_IN_USE if model.execution.kernels == "native" else GATHERED
         self._buckets = Buckets(config, self.max_context, self._packing, economy)
         self.executables = Executables(model, self._cache, self._packing)
+        spec = model.mesh_spec
+        self.statistics = LoadStatistics(
+            model.config.experts, spec.num_ranks // spec.expert_devices, spec.expert_devices, model.exchange
+        )
         if config.warm_up:
             self.executables.warm_up(self._buckets, progress)
 
@@ -66,8 +71,10 @@ class Runner:
             calls.append((self._buckets.decode_shape(plan.decodes), plan.decodes))
         launched: list[tuple[Ranks, jax.Array]] = []
         for shape, ranks in calls:
-            self._cache, out = self.executables(shape, self._cache, self._packing.pack(shape, ranks))
+            self._cache, out, counts = self.executables(shape, self._cache, self._packing.pack(shape, ranks))
             launched.append((ranks, out))
+            if counts is not None:
+                self.statistics.record(counts, self.model.slot_expert, shape.batch * shape.tokens)
         sampled: dict[str, tuple[int, float]] = {}
         for ranks, out in launched:
             words = np.asarray(out)
@@ -76,6 +83,7 @@ class Runner:
                 for row, chunk in enumerate(chunks):
                     if chunk.samples:
                         sampled[chunk.sequence.request.id] = (int(words[rank, row, 0]), float(logprobs[rank, row]))
+        self.statistics.settle()
         return sampled
 
 

@@ -48,10 +48,14 @@ class Execution:
 
 
 class Routed(NamedTuple):
-    """What the routers decided, for losses and statistics, by layer of the stack "moe". Padded rows have experts -1."""
+    """What the routers decided, for losses and statistics, by layer of the stack "moe".
+
+    Padded rows have experts and slots -1.
+    """
 
     logits: Float[Array, "L R N E"]
     experts: Int[Array, "L R N K"]
+    slots: Int[Array, "L R N K"]
 
 
 class Decoder(nnx.Module):
@@ -285,7 +289,7 @@ class Decoder(nnx.Module):
         )
         if self.config.shared_width:
             mixed = mixed + self.shared(x, layer, execution.kernels)
-        return mixed, Routed(logits, experts)
+        return mixed, Routed(logits, experts, slots)
 
     def logits(self, hidden: Hidden, kernels: Kernels = "xla") -> Logits:
         """Next-token logits in the dtype of `hidden`, the whole vocabulary on every device of a rank."""

@@ -43,17 +43,21 @@ def placement_of(slot_expert: Int[np.ndarray, "L S"], num_experts: int) -> Place
     [[[1, 3], [2, 0], [0, 0]]]
     """
     layers, slots = slot_expert.shape
-    count = np.zeros((layers, num_experts), np.int32)
-    replica_slots = np.zeros((layers, num_experts, max(1, slots - num_experts + 1)), np.int32)
+    slot_expert = slot_expert.astype(np.int32)
+    every = np.arange(num_experts)
     for layer, row in enumerate(slot_expert):
-        if missing := sorted(set(range(num_experts)) - set(row.tolist())):
+        if missing := np.setdiff1d(every, row).tolist():
             raise ConfigError(f"layer {layer} of the placement has no slot for experts {missing[:20]}")
-        if unknown := sorted(set(row.tolist()) - set(range(num_experts))):
+        if unknown := np.setdiff1d(row, every).tolist():
             raise ConfigError(f"layer {layer} of the placement names experts {unknown[:20]}; there are {num_experts}")
-        for slot, expert in enumerate(row):
-            replica_slots[layer, expert, count[layer, expert]] = slot
-            count[layer, expert] += 1
-    return Placement(slot_expert.astype(np.int32), replica_slots, count)
+    count = (slot_expert[:, :, None] == every).sum(axis=1, dtype=np.int32)
+    replica_slots = np.zeros((layers, num_experts, max(1, slots - num_experts + 1)), np.int32)
+    by_expert = np.argsort(slot_expert, axis=1, kind="stable").astype(np.int32)
+    expert = np.take_along_axis(slot_expert, by_expert, axis=1)
+    first = np.cumsum(count, axis=1) - count
+    replica = np.arange(slots) - np.take_along_axis(first, expert, axis=1)
+    replica_slots[np.arange(layers)[:, None], expert, replica] = by_expert
+    return Placement(slot_expert, replica_slots, count)
 
 
 def choose_slots(
