@@ -120,7 +120,7 @@ class Model:
         slots = slots_for(config.experts, spec, redundant_experts)
         with jax.set_mesh(self.mesh):
             self.abstract: Decoder = nnx.eval_shape(lambda: family(config, slots, self.dtype, nnx.Rngs(0), self.rules))
-        slot_expert = initial_placement(len(config.stacks["moe"]), config.experts, slots).slot_expert
+        slot_expert = np.asarray(initial_placement(len(config.stacks["moe"]), config.experts, slots).slot_expert)
         self.params = self._load(hf, slot_expert, functools.partial(progress, "loading weights"))
         stored = EXPERT_WEIGHTS[expert_weights]
         if stored is not None and config.stacks["moe"]:
@@ -210,7 +210,7 @@ class Model:
         """From the next step on, tokens go where these slots are. Raises ConfigError and changes nothing if it must."""
         placement = placement_of(slot_expert, self.config.experts)
         self.placement = jax.device_put(placement, NamedSharding(self.mesh, P()))
-        self.slot_expert = placement.slot_expert
+        self.slot_expert = np.asarray(placement.slot_expert)
 
     def strategy(self, tokens: int) -> Strategy:
         """How mixtures dispatch in a program of so many tokens a rank."""

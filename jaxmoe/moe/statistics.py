@@ -241,8 +241,10 @@ class LoadStatistics:
         number, ranks, layers, width = counts.shape
         slots, devices, copies = width - self._num_devices, self._num_devices, self._copies
         to_slots, rows = counts[..., :slots], counts[..., slots:]
-        of_copies = to_slots.reshape(number, copies, ranks // copies, layers, slots).sum(axis=2)
-        loads = of_copies.reshape(number, copies, layers, devices, -1).sum(axis=-1)
+        # In 32 bits, which no block of calls fills: numpy's default of 64 takes three times as long.
+        sum_of = functools.partial(np.sum, dtype=np.int32)
+        of_copies = sum_of(to_slots.reshape(number, copies, ranks // copies, layers, slots), axis=2)
+        loads = sum_of(of_copies.reshape(number, copies, layers, devices, -1), axis=-1)
         balance = _of_rows(loads * 1.0)
         routed = ~np.isnan(balance)
         seen = routed.sum(axis=1)
@@ -250,8 +252,8 @@ class LoadStatistics:
         exchanges = [self._exchange(call.tokens) for call in calls]
         rounds = self._rounds(rows.max(axis=(1, 3), initial=0), exchanges)
         slot_expert = calls[0].slot_expert[:layers]
-        total = of_copies.sum(axis=1)
-        faded = self._decay ** np.arange(number - 1, -1, -1)
+        total = sum_of(of_copies, axis=1)
+        faded = (self._decay ** np.arange(number - 1, -1, -1)).astype(np.float32)
         self._blocks.append(
             _Block(
                 number,
@@ -263,7 +265,7 @@ class LoadStatistics:
                 sum(map(_bytes_sent, exchanges, rounds, rows)),
             )
         )
-        latest = self._by_expert(np.tensordot(faded, total, 1), slot_expert)
+        latest = self._by_expert(np.einsum("n,nls->ls", faded, total), slot_expert)
         old = 0.0 if self._average is None else self._average * self._decay**number
         self._average = old + latest
         self._weight = self._weight * self._decay**number + float(faded.sum())
@@ -292,4 +294,6 @@ def _bytes_sent(exchange: Exchange, rounds: Int[np.ndarray, "L"], rows: Int[np.n
         ranks = np.arange(len(rows))
         stay = rows[ranks, :, ranks % shape.devices].sum()
         return int(rows.sum() - stay) * sum(shape.row_bytes)
-    return len(rows) * sum(sum(sent_bytes(strategy, shape, int(of_layer))) for of_layer in rounds)
+    if strategy == "replicate":
+        return len(rows) * len(rounds) * sum(sent_bytes(strategy, shape))
+    return len(rows) * sum(sent_bytes(strategy, shape, int(rounds.sum())))
