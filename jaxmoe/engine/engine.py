@@ -3,15 +3,19 @@
 import dataclasses
 import itertools
 import secrets
+import time
 from collections.abc import Generator, Sequence
+from typing import Any
 
 from jaxmoe.engine.config import EngineConfig
 from jaxmoe.engine.model import Model, Progress, no_progress
 from jaxmoe.engine.pages import PageGroup
 from jaxmoe.engine.programs import Program
+from jaxmoe.engine.rebalancing import Rebalancer, RebalanceReport
 from jaxmoe.engine.request import Output, Request, SamplingParams
 from jaxmoe.engine.runner import Runner
 from jaxmoe.engine.scheduler import RankLoad, Scheduler
+from jaxmoe.errors import ConfigError
 from jaxmoe.moe.statistics import LoadStatistics
 
 
@@ -38,6 +42,7 @@ class Engine:
             eos_token_ids=frozenset(model.eos_token_ids),
             vocab_size=model.config.vocab_size,
         )
+        self._rebalancer = Rebalancer(model, self.statistics, config.rebalance) if config.rebalance else None
         self._names = itertools.count()
 
     @property
@@ -88,7 +93,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work
+        return self._scheduler.has_work or bool(self._rebalancer and self._rebalancer.active)
 
     def submit(self, request: Request) -> None:
         """Queues a request. Raises InvalidRequestError, QueueFullError or DuplicateRequestError and changes nothing."""
@@ -104,9 +109,28 @@ class Engine:
 
     def step(self) -> list[Output]:
         """One step over everything that is live; [] when there is nothing to do."""
+        began = time.perf_counter()
         plan = self._scheduler.schedule()
         sampled = {} if plan.empty else self._runner.run(plan)
-        return self._scheduler.complete(plan, sampled)
+        outputs = self._scheduler.complete(plan, sampled)
+        if self._rebalancer:
+            self._rebalancer.step(time.perf_counter() - began)
+        return outputs
+
+    def rebalance(self, slot_expert: Any = None) -> None:
+        """Begins to move experts, a few with each step, to a placement [L, S] or to what is planned for recent loads.
+
+        Raises ConfigError if the engine was not configured to (`EngineConfig.rebalance`), the placement does not fit or
+        experts are on the move already.
+        """
+        if self._rebalancer is None:
+            raise ConfigError("this engine keeps no room to move experts; start it with --rebalance")
+        self._rebalancer.start("call", slot_expert)
+
+    @property
+    def last_rebalance(self) -> RebalanceReport | None:
+        """Of the rebalance under way, else of the latest that there was."""
+        return self._rebalancer.report if self._rebalancer else None
 
     def loads(self) -> list[RankLoad]:
         """What each attention rank carries."""

@@ -179,12 +179,12 @@ class LoadStatistics:
             if end == len(pending) or pending[end].slot_expert is not pending[start].slot_expert:
                 self._add(pending[start:end])
                 start = end
-        while sum(block.calls for block in self._blocks) - self._blocks[0].calls >= self._window:
+        while self._blocks and sum(block.calls for block in self._blocks) - self._blocks[0].calls >= self._window:
             self._blocks.popleft()
 
-    def reset(self) -> None:
-        """Forgets everything, as after a change of traffic that what came before says nothing about."""
-        self._pending, self._average, self._weight = [], None, 0.0
+    def restart(self) -> None:
+        """Begins a new window, as after experts moved; the average, which does not depend on that, stays."""
+        self.settle(1)
         self._blocks.clear()
 
     def report(self) -> LoadReport | None:

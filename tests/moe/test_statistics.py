@@ -109,8 +109,10 @@ def test_the_window_forgets_and_the_average_fades():
     assert of.experts().tolist() == [[0, 0, 0, 0, 0, 2 * BLOCK, 0, 0]]
     assert of.average()[0, 3] / of.average()[0, 5] == pytest.approx((1 / 4 - 1 / 32) / (1 - 1 / 4))
     assert of.average().sum() == pytest.approx(1)
-    of.reset()
+    average = of.average()
+    of.restart()
     assert of.report() is None
+    np.testing.assert_array_equal(of.average()[: len(average)], average)
 
 
 def test_loads_counted_under_different_placements_are_told_apart():
