@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import logging
 import sys
 import time
@@ -12,9 +13,11 @@ from jaxmoe.cli import (
     add_model_arguments,
     add_profile_arguments,
     add_random_weights,
+    add_rebalance_arguments,
     engine_config,
     model_options,
     profile_folder,
+    rebalance_config,
     use_compile_cache,
 )
 from jaxmoe.engine.config import EngineConfig
@@ -43,6 +46,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--drain-timeout", type=float, default=30.0, help="seconds to finish after SIGTERM (%(default)s)"
     )
+    add_rebalance_arguments(parser)
+    parser.add_argument(
+        "--record-routing", metavar="FILE", help="write the experts of the first tokens there at the end, to replay"
+    )
     add_profile_arguments(parser)
     parser.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"))
     args = parser.parse_args(argv)
@@ -67,8 +74,13 @@ def main(argv: list[str] | None = None) -> int:
         use_compile_cache(args.compile_cache)
         progress = StartProgress(report)
         report("loading weights")
-        model = load(args.model, random_weights=args.random_weights, progress=progress, **model_options(args))
+        options = model_options(args)
+        recording = args.record_routing is not None
+        options["execution"] = dataclasses.replace(options["execution"], record_routing=recording)
+        model = load(args.model, random_weights=args.random_weights, progress=progress, **options)
         engine = Engine(model, config, progress)
+        if recording:
+            ending.callback(engine.save_routing, args.record_routing)
         say(f"{model.describe()}; {engine.describe()}")
         say(engine.describe_programs())
         info = ModelInfo(
@@ -88,6 +100,7 @@ def main(argv: list[str] | None = None) -> int:
             mesh=str(model.mesh_spec),
             dtype=args.dtype,
             default_sampling_params=model.recommended_sampling,
+            invalid=model.invalid,
         )
         if folder is None:
             return engine, info
@@ -98,7 +111,8 @@ def main(argv: list[str] | None = None) -> int:
         return profiled, info
 
     try:
-        config, folder = engine_config(args, max_queue=args.max_queue), profile_folder(args)
+        config = engine_config(args, max_queue=args.max_queue, rebalance=rebalance_config(args))
+        folder = profile_folder(args)
         with contextlib.ExitStack() as ending:
             return server.run(
                 build_engine,

@@ -5,6 +5,7 @@ import itertools
 import secrets
 import time
 from collections.abc import Generator, Sequence
+from pathlib import Path
 from typing import Any
 
 from jaxmoe.engine.config import EngineConfig
@@ -76,6 +77,15 @@ class Engine:
     def statistics(self) -> LoadStatistics:
         """How evenly what was routed so far fell on experts and devices."""
         return self._runner.statistics
+
+    def save_routing(self, path: str | Path) -> None:
+        """Writes the experts of the first tokens that were routed, for `trace:FILE`. Raises ConfigError.
+
+        The model must have been loaded with `Execution(record_routing=True)`.
+        """
+        if not self.model.execution.record_routing:
+            raise ConfigError("this engine does not record its routing; start it with --record-routing FILE")
+        self._runner.recorder.save(path)
 
     @property
     def programs(self) -> tuple[Program, ...]:

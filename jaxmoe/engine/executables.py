@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,16 @@ COMPILE_THREADS = 2
 SAMPLING_DTYPES: Any = Sampling(jnp.float32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)
 # A step program is small: splitting its code into 32 modules for parallel generation costs a CPU a fifth more time.
 CPU_OPTIONS: dict[str, Any] = {"xla_cpu_parallel_codegen_split_count": 1}
+
+
+class Routed(NamedTuple):
+    """What the mixtures of a step did.
+
+    counts: what each rank sent where (`moe.statistics.count_loads`). experts: of every row, if they are recorded.
+    """
+
+    counts: Int[Array, "R L counts"]
+    experts: Int[Array, "L R N K"] | None
 
 
 @runtime_checkable
@@ -96,10 +106,10 @@ class Executables:
 
     def __call__(
         self, shape: StepShape, cache: KVCache, packed: Int[np.ndarray, "R words"]
-    ) -> tuple[KVCache, Int[Array, "R B two"], Int[Array, "R L counts"] | None]:
+    ) -> tuple[KVCache, Int[Array, "R B two"], Routed | None]:
         """Runs a step: the cache, updated in place, and each sequence's token with the bits of its log-probability.
 
-        Last, what the mixtures sent where (`moe.statistics.count_loads`), None without mixtures.
+        Last, what the mixtures did; None without mixtures.
         The host array goes in as it is: the call's own transfer takes a tenth of the time of `jax.device_put`.
         """
         if shape not in self._forward:
@@ -109,8 +119,8 @@ class Executables:
             self._count_late(f"sampling batch={shape.batch}")
             self._sample[shape.batch] = self.compile_sampling(shape.batch)
         step = self._forward[shape]
-        cache, logits, sampling, counts = step(self._model.params, self._model.placement, cache, packed)
-        return cache, self._sample[shape.batch](logits, sampling), counts
+        cache, logits, sampling, routed = step(self._model.params, self._model.placement, cache, packed)
+        return cache, self._sample[shape.batch](logits, sampling), routed
 
     def compile(self, shape: StepShape) -> Any:
         """The forward program (`jax.stages.Compiled`) of one shape."""
@@ -118,17 +128,19 @@ class Executables:
 
         def forward(
             params: Any, placement: Placement, cache: KVCache, packed: Int[Array, "R words"]
-        ) -> tuple[KVCache, Float[Array, "R B V"], Sampling, Int[Array, "R L counts"] | None]:
+        ) -> tuple[KVCache, Float[Array, "R B V"], Sampling, Routed | None]:
             decoder = merge(model.abstract, params)
             batch = unpack_ranks(packed, packing, shape)
             context = PagedContext(cache, batch.tables, batch.firsts)
-            hidden, written, routed = decoder(batch.tokens, batch.positions, placement, context, model.execution)
+            hidden, written, decided = decoder(batch.tokens, batch.positions, placement, context, model.execution)
             assert written is not None
             logits = decoder.logits(last_rows(hidden, batch.length, shape), model.execution.kernels)
-            counts = None
-            if routed is not None:
-                counts = count_loads(routed.slots, placement.slot_expert.shape[1], decoder.rules.spec.expert_devices)
-            return written.cache, logits.astype(jnp.float32), batch.sampling, counts
+            routed = None
+            if decided is not None:
+                devices = decoder.rules.spec.expert_devices
+                counts = count_loads(decided.slots, placement.slot_expert.shape[1], devices)
+                routed = Routed(counts, decided.experts if model.execution.record_routing else None)
+            return written.cache, logits.astype(jnp.float32), batch.sampling, routed
 
         words = self._on_ranks((packing.words(shape),), jnp.int32)
         return self._build(str(shape), forward, 2, model.params, model.placement, self._cache_shape, words)

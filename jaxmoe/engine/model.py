@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -34,12 +35,15 @@ from jaxmoe.models.random_weights import random_params
 from jaxmoe.models.registry import family_of
 from jaxmoe.moe.moving import Mover, same, slot_sources
 from jaxmoe.moe.placement import initial_placement, placement_of, read_placement, write_placement
+from jaxmoe.moe.simulation import Simulated, Simulation
 from jaxmoe.moe.statistics import Exchange
 from jaxmoe.moe.strategy import Mixture, Strategy, check_strategy, choose
 from jaxmoe.ops import native
 from jaxmoe.ops.quantised import LARGEST, quantise
 from jaxmoe.sharding.devices import use_huge_pages, virtual_devices
 from jaxmoe.sharding.mesh import RANKS, MeshSpec, make_mesh, slots_for
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -60,6 +64,7 @@ class Model:
     dtype: what to compute in: float32, bfloat16 or float16.
     expert_weights: what the experts' weights are kept in: "bfloat16"; "int8" or "float8" (e4m3fn), with a float32 scale
         for every output channel of every expert; or the "same" dtype that is computed in.
+    simulate_routing: where benchmarks have tokens go instead (`moe.simulation.Simulation`); answers are then none.
     placement: a file of `save_placement` to start from; it then says how many slots there are.
     kernels: "native", compiled here for a CPU, "xla", or "auto": native ones where they can be had.
     progress: called with a stage's name, what is done and what there is in all.
@@ -78,6 +83,7 @@ class Model:
         kernels: str = "auto",
         expert_weights: str = "same",
         placement: str | Path | None = None,
+        simulate_routing: str | None = None,
     ) -> None:
         if (folder is None) == (random_weights is None):
             raise ConfigError("give either the folder of a checkpoint or a preset for random weights")
@@ -143,6 +149,13 @@ class Model:
                 self.params["experts"] = _kept_in(self.params["experts"], jnp.dtype(stored))
         use_huge_pages(self.params)
         self.masked_slots = np.zeros(slots, bool)
+        self._simulation: Simulation | None = None
+        self._drawn: tuple[Simulated, Array, Array] | None = None
+        if simulate_routing is not None:
+            if not mixtures:
+                raise ConfigError(f"{self.name} has no routing to simulate")
+            self._simulation = Simulation(simulate_routing, mixtures, config.experts, config.experts_per_token)
+            log.warning("%s", self.invalid)
         self._put_placement(slot_expert)
 
     def _load(self, hf: Mapping[str, Any], slot_expert: np.ndarray, progress: Callable[[int, int], None]) -> Any:
@@ -179,7 +192,7 @@ class Model:
             f"{config.model_type} of {self.num_parameters / 1e6:,.1f} M parameters "
             f"({config.experts} experts, {config.experts_per_token} a token) in {self._describe_dtype()} "
             f"on {self.mesh_spec}, {self.mesh.devices.flat[0].device_kind}, "
-            f"{self.execution.kernels} kernels{self._describe_layout()}"
+            f"{self.execution.kernels} kernels{self._describe_layout()}{'; ' * bool(self.invalid)}{self.invalid}"
         )
 
     def _describe_dtype(self) -> str:
@@ -249,6 +262,23 @@ class Model:
         placement = placement_of(slot_expert, self.config.experts, self.masked_slots)
         self.placement = jax.device_put(placement, NamedSharding(self.mesh, P()))
         self.slot_expert = np.asarray(placement.slot_expert)
+        self.simulate(0)
+
+    def simulate(self, rows: int) -> None:
+        """Before each step of so many rows of all ranks; without simulated routing nothing to do."""
+        if self._simulation is None:
+            return
+        on_mesh, drawn = NamedSharding(self.mesh, P()), self._simulation.next(rows)
+        if self._drawn is None or drawn.scores is not self._drawn[0].scores:
+            self._drawn = (drawn, *jax.device_put((drawn.scores, drawn.trace), on_mesh))
+        _, scores, trace = self._drawn
+        simulated = Simulated(scores, trace, drawn.clock)
+        self.placement = self.placement._replace(simulated=simulated)
+
+    @property
+    def invalid(self) -> str:
+        """Why answers are no model's; "" if they are."""
+        return f"outputs are invalid: routing is simulated ({self._simulation.text})" if self._simulation else ""
 
     def strategy(self, tokens: int) -> Strategy:
         """How mixtures dispatch in a program of so many tokens a rank."""

@@ -16,6 +16,7 @@ from jaxmoe.engine.pages import PageGroup, pages_reached
 from jaxmoe.engine.scheduler import StepPlan
 from jaxmoe.errors import ConfigError
 from jaxmoe.models.kv_cache import bytes_per_page, make_cache
+from jaxmoe.moe.simulation import Recorder
 from jaxmoe.moe.statistics import LoadStatistics
 from jaxmoe.sharding.devices import use_huge_pages
 from jaxmoe.spans import FULL
@@ -44,6 +45,7 @@ class Runner:
         self.statistics = LoadStatistics(
             model.config.experts, spec.num_ranks // spec.expert_devices, spec.expert_devices, model.exchange
         )
+        self.recorder = Recorder(model.config.experts)
         if config.warm_up:
             self.executables.warm_up(self._buckets, progress)
 
@@ -71,10 +73,14 @@ class Runner:
             calls.append((self._buckets.decode_shape(plan.decodes), plan.decodes))
         launched: list[tuple[Ranks, jax.Array]] = []
         for shape, ranks in calls:
-            self._cache, out, counts = self.executables(shape, self._cache, self._packing.pack(shape, ranks))
+            rows = shape.batch * shape.tokens
+            self.model.simulate(rows * self.model.num_ranks)
+            self._cache, out, routed = self.executables(shape, self._cache, self._packing.pack(shape, ranks))
             launched.append((ranks, out))
-            if counts is not None:
-                self.statistics.record(counts, self.model.slot_expert, shape.batch * shape.tokens)
+            if routed is not None:
+                self.statistics.record(routed.counts, self.model.slot_expert, rows)
+                if routed.experts is not None:
+                    self.recorder.record(routed.experts)
         sampled: dict[str, tuple[int, float]] = {}
         for ranks, out in launched:
             words = np.asarray(out)

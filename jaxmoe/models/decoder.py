@@ -22,8 +22,10 @@ from jaxmoe.moe.dispatch import mixture
 from jaxmoe.moe.experts import Experts
 from jaxmoe.moe.placement import Placement, choose_slots
 from jaxmoe.moe.routing import Routing
+from jaxmoe.moe.simulation import simulated_routing
 from jaxmoe.ops.linear import Kernels, linear, linear_transposed
 from jaxmoe.ops.norms import rms_norm
+from jaxmoe.sharding.mesh import RANKS
 from jaxmoe.sharding.rules import Rules
 
 EVERYWHERE = P()
@@ -36,6 +38,7 @@ class Execution:
 
     strategy, capacity_factor, platform: see `moe.dispatch.mixture`.
     kernels: of linear layers, experts and attention (`implementation` of these ops): "xla", or on a CPU "native".
+    record_routing: have steps give out each token's experts as well.
     unroll: write the layers out instead of scanning over them. Steps are equally fast on a CPU and programs three times
         longer to compile, so only training (whose gradients would pass through the scan) asks for it.
     """
@@ -44,6 +47,7 @@ class Execution:
     capacity_factor: float = 2.0
     platform: str = "cpu"
     kernels: Kernels = "xla"
+    record_routing: bool = False
     unroll: bool = False
 
 
@@ -332,7 +336,11 @@ class Decoder(nnx.Module):
         ) -> tuple[Array, ...]:
             of_layer = None if bias is None else bias[layer]
             (logits,) = linear(x[0].astype(router.dtype), [router], layer, kernels)
-            experts, weights = self.route(logits, of_layer, positions.reshape(-1) >= 0)
+            valid = positions.reshape(-1) >= 0
+            experts, weights = self.route(logits, of_layer, valid)
+            if placement.simulated is not None:
+                rank = jax.lax.axis_index(RANKS)
+                experts, weights = simulated_routing(placement.simulated, layer, rank, experts.shape[1], valid)
             slots = choose_slots(experts, placement.replica_slots[layer], placement.replica_count[layer])
             return logits[None], experts[None], weights[None], slots[None]
 

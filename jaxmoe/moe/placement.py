@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from jaxmoe.errors import ConfigError
+from jaxmoe.moe.simulation import Simulated
 
 FORMAT = "jaxmoe-placement-1"
 
@@ -21,11 +22,13 @@ class Placement(NamedTuple):
     """Slots and replicas of every layer. Replica lists are padded with slot 0 beyond `replica_count`.
 
     An expert may have as many replicas as there are slots that no other expert needs: the axis has S - E + 1 places.
+    simulated: in benchmarks, where tokens go instead of where the routers send them.
     """
 
     slot_expert: Int[Array | np.ndarray, "L S"]
     replica_slots: Int[Array | np.ndarray, "L E replicas"]
     replica_count: Int[Array | np.ndarray, "L E"]
+    simulated: Simulated | None = None
 
 
 def initial_placement(num_layers: int, num_experts: int, num_slots: int) -> Placement:

@@ -33,6 +33,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_running: requests that may run at once, over all ranks; 0 if not known.
     page_size: tokens per KV page.
     default_sampling_params: what the checkpoint recommends; told to gateways, which merge it into their requests.
+    invalid: why answers are no model's, which every response then says; "" if they are.
     """
 
     model_path: str
@@ -51,6 +52,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     mesh: str = ""
     dtype: str = ""
     default_sampling_params: dict[str, float] = {}
+    invalid: str = ""
 
 
 class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -69,6 +69,7 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "kv_transfer_params_json": ("", "{}"),
 }
 _ENGINE_FIELDS = {"prompt": "input", "rank": "data_parallel_rank"}
+INVALID = "jaxmoe-invalid"  # initial metadata of answers that are no model's
 
 
 class Servicer(VllmEngineServicer):
@@ -204,6 +205,8 @@ class Servicer(VllmEngineServicer):
                 await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before the request began")
             rank = request.data_parallel_rank if request.HasField("data_parallel_rank") else None
             engine.submit(stream, prompt, params, rank)
+            if info.invalid:
+                await context.send_initial_metadata(((INVALID, info.invalid),))
             send = _send_stream if request.stream else _send_whole
             await send(stream, context, len(prompt), logprobs=asked.HasField("logprobs"))
 
