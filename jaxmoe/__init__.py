@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from jaxmoe.api import LoadedModel, load
     from jaxmoe.engine.config import EngineConfig
     from jaxmoe.engine.engine import Engine
-    from jaxmoe.engine.request import Output, Request, SamplingParams
+    from jaxmoe.engine.request import Constraint, Output, Request, SamplingParams
     from jaxmoe.errors import JaxmoeError
     from jaxmoe.sharding.devices import virtual_devices
     from jaxmoe.sharding.mesh import MeshSpec
 
 _HOME = {
+    "Constraint": "jaxmoe.engine.request",
     "Engine": "jaxmoe.engine.engine",
     "EngineConfig": "jaxmoe.engine.config",
     "JaxmoeError": "jaxmoe.errors",
@@ -34,6 +35,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Constraint",
     "Engine",
     "EngineConfig",
     "JaxmoeError",

@@ -10,7 +10,7 @@ from jaxmoe.engine.config import EngineConfig
 from jaxmoe.engine.engine import Engine
 from jaxmoe.engine.model import Model
 from jaxmoe.engine.request import SamplingParams
-from jaxmoe.errors import CheckpointError
+from jaxmoe.errors import CheckpointError, InvalidRequestError
 from jaxmoe.serving.tokenization import Tokenizer
 
 # Of the engine behind `generate` and `greedy`: a notebook has few requests at once, and a model's own limit may be
@@ -36,8 +36,10 @@ class LoadedModel(Model):
     def generate(self, prompts: str | Sequence[str], **params: Any) -> str | list[str]:
         """Continues one text or many together; `params` are fields of SamplingParams.
 
-        Compiles what it needs on the way, so the first call takes seconds.
+        Compiles what it needs on the way, so the first call takes seconds. Raises InvalidRequestError for `n`.
         """
+        if params.get("n", 1) != 1:
+            raise InvalidRequestError(f"n={params['n']}: repeat the prompt, or use jaxmoe.Engine for samples", "n")
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         answers: list[list[int]] = [[] for _ in texts]
         tokens = [self.tokenizer.encode(text) for text in texts]

@@ -77,6 +77,15 @@ def add_limit_arguments(parser: argparse.ArgumentParser) -> None:
         default=limits.max_prefill_tokens,
         help="prompt tokens a step on a rank (%(default)s)",
     )
+    parser.add_argument(
+        "--max-batch-tokens",
+        type=int,
+        help="tokens a step on a rank, those that decode and prompts' together; less is smoother, more is faster "
+        "(default: --max-batch and --max-prefill-tokens)",
+    )
+    parser.add_argument(
+        "--no-prefix-cache", action="store_true", help="compute every prompt anew, even what others began with"
+    )
     parser.add_argument("--page-size", type=int, default=limits.page_size, help="tokens of a KV page (%(default)s)")
     parser.add_argument("--kv-pages", type=int, help="KV pages of a rank (default: from memory, full batch at most)")
 
@@ -161,7 +170,9 @@ def engine_config(args: argparse.Namespace, **options: Any) -> EngineConfig:
         pages_per_rank=args.kv_pages,
         max_batch=args.max_batch,
         max_context=args.max_context,
+        max_batch_tokens=args.max_batch_tokens,
         max_prefill_tokens=args.max_prefill_tokens,
+        prefix_cache=not args.no_prefix_cache,
         **options,
     )
 

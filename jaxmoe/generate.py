@@ -48,8 +48,9 @@ class InProcess:
         self, prompt: str | Sequence[int], params: SamplingParams | None = None, stop: Sequence[str] = ()
     ) -> Iterator[Delta]:
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        text = AnswerText(self.tokenizer, stop)
-        outputs = self._engine.generate([tokens], params or SamplingParams())
+        params = params or SamplingParams()
+        text = AnswerText(self.tokenizer, stop, min_tokens=params.min_tokens)
+        outputs = self._engine.generate([tokens], params)
         with contextlib.closing(outputs):  # which cancels what still runs
             for output in outputs:
                 shown = text.push(output.token_ids, last=output.finish_reason is not None)

@@ -12,9 +12,13 @@ import jaxmoe
 from jaxmoe.engine.config import EngineConfig
 from jaxmoe.engine.request import Request, SamplingParams
 
-# About as many tokens of KV cache as the peers have.
+# About as many tokens of KV cache as the peers have, who find no prefix there either.
 CONFIG = EngineConfig(
-    max_batch=protocol.SERVED, max_context=protocol.MAX_CONTEXT, max_prefill_tokens=2048, pages_per_rank=2048
+    max_batch=protocol.SERVED,
+    max_context=protocol.MAX_CONTEXT,
+    max_prefill_tokens=2048,
+    pages_per_rank=2048,
+    prefix_cache=False,
 )
 
 

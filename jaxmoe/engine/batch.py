@@ -61,8 +61,20 @@ class Sampling(NamedTuple):
     temperature: Float[Array, "*R B"]
     top_k: Int[Array, "*R B"]
     top_p: Float[Array, "*R B"]
+    min_p: Float[Array, "*R B"]
     seed: Int[Array, "*R B"]
     position: Int[Array, "*R B"]
+
+    def pack(self) -> Int[Array, "*R B fields"]:
+        """As one array: each of a program's arrays costs a launch some microseconds."""
+        words = [jax.lax.bitcast_convert_type(field, jnp.int32) for field in self]
+        return jnp.stack(words, axis=-1)
+
+    @classmethod
+    def unpack(cls, packed: Int[Array, "*R B fields"]) -> "Sampling":
+        fields = dict(zip(cls._fields, jnp.moveaxis(packed, -1, 0), strict=True))
+        as_float = {name: jax.lax.bitcast_convert_type(fields[name], jnp.float32) for name in FLOATS}
+        return cls(**{**fields, **as_float})
 
 
 class Batch(NamedTuple):
@@ -79,6 +91,7 @@ class Batch(NamedTuple):
     temperature: Float[Array, "*R B"]
     top_k: Int[Array, "*R B"]
     top_p: Float[Array, "*R B"]
+    min_p: Float[Array, "*R B"]
     seed: Int[Array, "*R B"]
 
     @property
@@ -89,11 +102,11 @@ class Batch(NamedTuple):
 
     @property
     def sampling(self) -> Sampling:
-        return Sampling(self.temperature, self.top_k, self.top_p, self.seed, self.start + self.length)
+        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.seed, self.start + self.length)
 
 
-PER_SEQUENCE = ("start", "length", "temperature", "top_k", "top_p", "seed")
-FLOATS = ("temperature", "top_p")
+PER_SEQUENCE = ("start", "length", "temperature", "top_k", "top_p", "min_p", "seed")
+FLOATS = ("temperature", "top_p", "min_p")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +147,7 @@ class Packing:
             fields["temperature"].view(np.float32)[:count] = [each.temperature for each in params]
             fields["top_k"][:count] = [each.top_k for each in params]
             fields["top_p"].view(np.float32)[:count] = [each.top_p for each in params]
+            fields["min_p"].view(np.float32)[:count] = [each.min_p for each in params]
             fields["seed"].view(np.uint32)[:count] = [(each.seed or 0) & 0xFFFFFFFF for each in params]
         return packed
 

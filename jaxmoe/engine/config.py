@@ -49,30 +49,56 @@ class EngineConfig:
         enough of them for `max_batch` sequences but never more than this.
     max_batch: sequences decoding at once.
     max_context: tokens of prompt and generation together; None is the model's own limit.
-    max_prefill_tokens: prompt tokens prefilled in one step; a longer prompt is split over several.
+    max_batch_tokens: tokens that go through the model in one step: those that decode, one each, and then chunks of
+        prompts; None is a full batch that decodes beside `max_prefill_tokens`.
+    max_prefill_tokens: prompt tokens prefilled in one step, for which programs are compiled; a longer prompt is split
+        over several. Never more than `max_batch_tokens`.
     max_prefill_sequences: sequences whose chunks may share one prefill step.
     max_queue: requests that wait for a place, over all ranks; one more is refused.
+    prefix_cache: full pages stay where they are once their sequence has ended, for others that begin with the same
+        tokens, until somebody needs the place.
+    priority_ageing: steps of waiting that are worth one level of priority.
     warm_up: compile every step program before the first request, as a server must; without it each is compiled when a
         step first needs it, which suits a notebook.
-    rebalance: whether experts may move while the engine serves; None keeps no room for that.
+    rebalance: when experts may move while the engine serves; None keeps no room for that.
     """
 
     page_size: int = 16
     pages_per_rank: int | None = None
     max_batch: int = 64
     max_context: int | None = None
+    max_batch_tokens: int | None = None
     max_prefill_tokens: int = 256
     max_prefill_sequences: int = 8
     max_queue: int = 1024
+    prefix_cache: bool = True
+    priority_ageing: int = 100
     warm_up: bool = True
     rebalance: Rebalance | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name in ("warm_up", "rebalance") or (value is None and field.default is None):
+            if (
+                field.name == "rebalance"
+                or isinstance(field.default, bool)
+                or (value is None and field.default is None)
+            ):
                 continue
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{field.name}={value!r} must be a whole number of at least 1")
         if self.max_context == 1:
             raise ConfigError("max_context=1 has no room for a prompt token and a generated one; use 2 or more")
+        if self.max_batch_tokens is not None:
+            if self.max_batch_tokens < self.max_batch:
+                raise ConfigError(
+                    f"max_batch_tokens={self.max_batch_tokens} has no room for max_batch={self.max_batch} sequences "
+                    f"that decode one token each; use max_batch_tokens >= {self.max_batch} or a smaller max_batch"
+                )
+            longest = min(self.max_prefill_tokens, self.max_batch_tokens)
+            object.__setattr__(self, "max_prefill_tokens", longest)
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens of one step on a rank."""
+        return self.max_batch_tokens or self.max_batch + self.max_prefill_tokens

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import logging
 import secrets
 import time
 from collections.abc import Generator, Sequence
@@ -9,15 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoe.engine.config import EngineConfig
+from jaxmoe.engine.kv_events import KvEventBatch
 from jaxmoe.engine.model import Model, Progress, no_progress
 from jaxmoe.engine.pages import PageGroup
 from jaxmoe.engine.programs import Program
 from jaxmoe.engine.rebalancing import Rebalancer, RebalanceReport
 from jaxmoe.engine.request import Output, Request, SamplingParams
 from jaxmoe.engine.runner import Runner
-from jaxmoe.engine.scheduler import RankLoad, Scheduler
+from jaxmoe.engine.scheduler import RankLoad, Scheduler, Stats, StepPlan
 from jaxmoe.errors import ConfigError
 from jaxmoe.moe.statistics import LoadStatistics
+
+log = logging.getLogger(__name__)
+
+# Steps that may fail one after the other before the engine gives up.
+MOST_FAILURES = 3
 
 
 class Engine:
@@ -45,6 +52,7 @@ class Engine:
         )
         self._rebalancer = Rebalancer(model, self.statistics, config.rebalance) if config.rebalance else None
         self._names = itertools.count()
+        self._failures = 0
 
     @property
     def max_context(self) -> int:
@@ -107,24 +115,40 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Queues a request. Raises InvalidRequestError, QueueFullError or DuplicateRequestError and changes nothing."""
+        if request.params.constraint is not None:
+            request.params.validate(self.model.config.vocab_size)
+            self._runner.grammars.matcher(request.params.constraint)
         if request.params.seed is None:
             request = dataclasses.replace(
                 request, params=dataclasses.replace(request.params, seed=secrets.randbits(32))
             )
         self._scheduler.submit(request)
 
-    def cancel(self, request_id: str) -> bool:
-        """Ends a request and frees its pages; its last Output says "abort". False when no such request is live."""
-        return self._scheduler.cancel(request_id)
+    def cancel(self, request_id: str, index: int | None = None) -> bool:
+        """Ends a request, or one of its samples, and frees the pages; the last Output of each says "abort".
+
+        False when no such request or sample is live.
+        """
+        return self._scheduler.cancel(request_id, index)
 
     def step(self) -> list[Output]:
-        """One step over everything that is live; [] when there is nothing to do."""
+        """One step over everything that is live; [] when there is nothing to do.
+
+        If the step fails, the requests that have a part in it end with "error" and all others are computed anew. Raises
+        what made it fail once MOST_FAILURES steps have failed one after the other, or if the KV cache cannot be remade:
+        then the engine is of no more use.
+        """
         began = time.perf_counter()
         plan = self._scheduler.schedule()
-        sampled = {} if plan.empty else self._runner.run(plan)
+        try:
+            sampled = {} if plan.empty else self._runner.run(plan)
+        except Exception as error:
+            return self._recover(plan, error)
+        if not plan.empty:
+            self._failures = 0
         outputs = self._scheduler.complete(plan, sampled)
         if self._rebalancer:
-            self._rebalancer.step(time.perf_counter() - began)
+            self._rebalancer.step(0.0 if plan.empty else time.perf_counter() - began)
         return outputs
 
     def rebalance(self, slot_expert: Any = None) -> None:
@@ -142,6 +166,33 @@ class Engine:
         """Of the rebalance under way, else of the latest that there was."""
         return self._rebalancer.report if self._rebalancer else None
 
+    def _recover(self, plan: StepPlan, error: Exception) -> list[Output]:
+        self._failures += 1
+        if self._failures >= MOST_FAILURES:
+            raise error
+        log.error("a step failed; its requests end, the KV cache is made anew", exc_info=error)
+        # The step may have taken the cache with it, which it was to update in place.
+        self._runner.reset_cache()
+        return self._scheduler.fail(
+            plan, f"the step failed with {type(error).__name__}; the engine's log has the details"
+        )
+
+    def clear_prefix_cache(self) -> None:
+        """Forgets all prefixes; requests under way go on."""
+        self._scheduler.clear_prefix_cache()
+
+    def kv_events(self) -> list[KvEventBatch]:
+        """What entered and left the prefix caches since the last call.
+
+        The first call, however late, tells all that is there, and so does every one after a pause too long for the
+        events to be kept: then they begin with "cleared".
+        """
+        return self._scheduler.kv_events()
+
+    def stats(self) -> Stats:
+        """Counts of requests, pages, preemptions, failed steps and tokens found in the prefix cache."""
+        return self._scheduler.stats()
+
     def loads(self) -> list[RankLoad]:
         """What each attention rank carries."""
         return self._scheduler.loads()
@@ -157,20 +208,24 @@ class Engine:
     ) -> Generator[Output, None, None]:
         """Continues all prompts together and yields what each step brings; `request_id` is the prompt's index as text.
 
-        Closing the iterator early cancels what is still running.
+        Closing the iterator early cancels what is still running. Raises RuntimeError if a step fails.
         """
         ids = {f"generate-{next(self._names)}": str(index) for index in range(len(prompts))}
-        live: set[str] = set()
+        live: dict[str, int] = {}  # samples to come to their ends
         try:
             for (request_id, _), prompt in zip(ids.items(), prompts, strict=True):
                 self.submit(Request(request_id, tuple(int(token) for token in prompt), params))
-                live.add(request_id)
+                live[request_id] = params.n
             while live:
                 for output in self.step():
                     if output.request_id not in ids:
                         continue
                     if output.finish_reason:
-                        live.discard(output.request_id)
+                        live[output.request_id] -= 1
+                        if not live[output.request_id]:
+                            del live[output.request_id]
+                    if output.error:
+                        raise RuntimeError(output.error)
                     yield dataclasses.replace(output, request_id=ids[output.request_id])
         finally:
             for request_id in live:

@@ -15,23 +15,25 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.axes import Hidden
+from jaxmoe.engine.adjustments import AdjustmentShape
 from jaxmoe.engine.batch import Batch, Packing, Sampling, StepShape
 from jaxmoe.engine.model import Progress, no_progress
 from jaxmoe.engine.programs import Program, build, summary
+from jaxmoe.engine.prompt_logprobs import Rows, rows_a_call
+from jaxmoe.engine.request import MOST_LOGPROBS, TopLogprobs
 from jaxmoe.models.config import ModelConfig
 from jaxmoe.models.decoder import RANK_ROWS, Decoder, Execution, merge
 from jaxmoe.models.kv_cache import CacheShapes, KVCache, PagedContext
 from jaxmoe.moe.placement import Placement
 from jaxmoe.moe.statistics import count_loads
 from jaxmoe.ops.linear import Kernels
-from jaxmoe.ops.sampling import sample
+from jaxmoe.ops.sampling import adjust, report, sample
 from jaxmoe.sharding.mesh import RANKS
 
 log = logging.getLogger(__name__)
 
 PACKED = P(RANKS, None)
 COMPILE_THREADS = 2
-SAMPLING_DTYPES: Any = Sampling(jnp.float32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)
 # A step program is small: splitting its code into 32 modules for parallel generation costs a CPU a fifth more time.
 CPU_OPTIONS: dict[str, Any] = {"xla_cpu_parallel_codegen_split_count": 1}
 
@@ -61,11 +63,27 @@ class Steppable(Protocol):
     def num_ranks(self) -> int: ...
 
 
+class Forward(NamedTuple):
+    """What a forward pass brings: the cache, updated in place, and what sampling goes by.
+
+    logits: after each sequence's last token. sampling: a `Sampling`, packed. hidden: of a prefill, the states after the
+        final norm; else None. routed: None without mixtures.
+    """
+
+    cache: KVCache
+    logits: Float[Array, "R B V"]
+    sampling: Int[Array, "R B fields"]
+    hidden: Hidden | None
+    routed: Routed | None
+
+
 class Executables:
     """Step programs by shape. `late_compiles` counts those that warm-up did not foresee: 0 in good health.
 
     A step is two programs: the forward pass, one for each shape, and sampling, one for each number of sequences; apart,
-    because sampling is a third of the code and does not depend on how much context there is.
+    because sampling is a third of the code and does not depend on how much context there is. Steps in which some row
+    asks for it have an adjusting program between these and a reporting one after, also by number of sequences; and
+    prefills one that tells of the prompt's tokens.
     Without a warm-up each program is compiled when it is first needed.
 
     programs: what was compiled, in the order in which it was done.
@@ -75,28 +93,29 @@ class Executables:
         self._model = model
         self._packing = packing
         self._cache_shape = jax.tree.map(_abstract, cache)
-        self._forward: dict[StepShape, Any] = {}
-        self._sample: dict[int, Any] = {}
+        self._compiled: dict[str, Any] = {}
         self._options = CPU_OPTIONS if model.mesh.devices.flat[0].platform == "cpu" else None
         self._warm = False
         self._warm_up_seconds = 0.0
         self.late_compiles = 0
         self.programs: list[Program] = []
+        self.most_logprobs = min(MOST_LOGPROBS, model.config.vocab_size)
 
     def warm_up(self, shapes: Iterable[StepShape], progress: Progress = no_progress) -> None:
         """Compiles every shape, several at once."""
         began = time.monotonic()
-        shapes = list(shapes)
-        batches = sorted({shape.batch for shape in shapes})
+        wanted: dict[str, Callable[[], Any]] = {}
+        for shape in shapes:
+            wanted[str(shape)] = functools.partial(self.compile, shape)
+            for kind, compile_kind in self._of_batch.items():
+                wanted[f"{kind} batch={shape.batch}"] = functools.partial(compile_kind, shape.batch)
+            if shape.tokens > 1:
+                wanted[_prompts(shape)] = functools.partial(self.compile_prompts, shape)
         with ThreadPoolExecutor(COMPILE_THREADS) as pool:
-            forward = {pool.submit(self.compile, shape): shape for shape in shapes}
-            sampling = {pool.submit(self.compile_sampling, batch): batch for batch in batches}
-            for done, job in enumerate(as_completed([*forward, *sampling]), 1):
-                if job in forward:
-                    self._forward[forward[job]] = job.result()
-                else:
-                    self._sample[sampling[job]] = job.result()
-                progress("compiling", done, len(forward) + len(sampling))
+            jobs = {pool.submit(compile_program): title for title, compile_program in wanted.items()}
+            for done, job in enumerate(as_completed(jobs), 1):
+                self._compiled[jobs[job]] = job.result()
+                progress("compiling", done, len(jobs))
         self._warm = True
         self._warm_up_seconds = time.monotonic() - began
 
@@ -104,23 +123,26 @@ class Executables:
         """One line for a log: what the warm-up compiled and what it cost; "" without one."""
         return summary(self.programs, self._warm_up_seconds) if self._warm else ""
 
-    def __call__(
-        self, shape: StepShape, cache: KVCache, packed: Int[np.ndarray, "R words"]
-    ) -> tuple[KVCache, Int[Array, "R B two"], Routed | None]:
-        """Runs a step: the cache, updated in place, and each sequence's token with the bits of its log-probability.
+    def forward(self, shape: StepShape, cache: KVCache, packed: Int[np.ndarray, "R words"]) -> Forward:
+        """The host array goes in as it is: the call's own transfer takes a tenth of the time of `jax.device_put`."""
+        run = self._program(str(shape), self.compile, shape)
+        return Forward(*run(self._model.params, self._model.placement, cache, packed))
 
-        Last, what the mixtures did; None without mixtures.
-        The host array goes in as it is: the call's own transfer takes a tenth of the time of `jax.device_put`.
-        """
-        if shape not in self._forward:
-            self._count_late(str(shape))
-            self._forward[shape] = self.compile(shape)
-        if shape.batch not in self._sample:
-            self._count_late(f"sampling batch={shape.batch}")
-            self._sample[shape.batch] = self.compile_sampling(shape.batch)
-        step = self._forward[shape]
-        cache, logits, sampling, routed = step(self._model.params, self._model.placement, cache, packed)
-        return cache, self._sample[shape.batch](logits, sampling), routed
+    def sample(self, logits: Float[Array, "R B V"], sampling: Int[Array, "R B fields"]) -> Int[Array, "R B two"]:
+        """Each sequence's token with the bits of its log-probability."""
+        return self._of("sampling", logits)(logits, sampling)
+
+    def adjust(self, logits: Float[Array, "R B V"], packed: Int[np.ndarray, "R words"]) -> Float[Array, "R B V"]:
+        """Logits as the rows ask for them. packed: see `AdjustmentShape`."""
+        return self._of("adjusting", logits)(logits, packed)
+
+    def report(self, logits: Float[Array, "R B V"], sampled: Int[Array, "R B two"]) -> Int[Array, "R B words"]:
+        """What was sampled, with its log-probability under these logits, and the most likely tokens: see `Report`."""
+        return self._of("reporting", logits)(logits, sampled)
+
+    def report_prompts(self, shape: StepShape, hidden: Hidden, rows: Rows) -> Int[Array, "R rows words"]:
+        """The same of tokens of prompts, which follow some rows of a prefill."""
+        return self._program(_prompts(shape), self.compile_prompts, shape)(self._model.params, hidden, *rows)
 
     def compile(self, shape: StepShape) -> Any:
         """The forward program (`jax.stages.Compiled`) of one shape."""
@@ -128,29 +150,83 @@ class Executables:
 
         def forward(
             params: Any, placement: Placement, cache: KVCache, packed: Int[Array, "R words"]
-        ) -> tuple[KVCache, Float[Array, "R B V"], Sampling, Routed | None]:
+        ) -> tuple[KVCache, Float[Array, "R B V"], Int[Array, "R B fields"], Hidden | None, Routed | None]:
             decoder = merge(model.abstract, params)
             batch = unpack_ranks(packed, packing, shape)
             context = PagedContext(cache, batch.tables, batch.firsts)
             hidden, written, decided = decoder(batch.tokens, batch.positions, placement, context, model.execution)
             assert written is not None
-            logits = decoder.logits(last_rows(hidden, batch.length, shape), model.execution.kernels)
+            last, told = hidden, None
+            if shape.tokens > 1:
+                ends = jnp.arange(shape.batch) * shape.tokens + jnp.maximum(batch.length - 1, 0)
+                last, told = pick_rows(hidden, ends), hidden
+            logits = decoder.logits(last, model.execution.kernels)
             routed = None
             if decided is not None:
                 devices = decoder.rules.spec.expert_devices
                 counts = count_loads(decided.slots, placement.slot_expert.shape[1], devices)
                 routed = Routed(counts, decided.experts if model.execution.record_routing else None)
-            return written.cache, logits.astype(jnp.float32), batch.sampling, routed
+            return written.cache, logits.astype(jnp.float32), batch.sampling.pack(), told, routed
 
         words = self._on_ranks((packing.words(shape),), jnp.int32)
         return self._build(str(shape), forward, 2, model.params, model.placement, self._cache_shape, words)
 
     def compile_sampling(self, batch: int) -> Any:
         """The sampling program of one number of sequences a rank."""
-        logits = self._on_ranks((batch, self._model.config.vocab_size), jnp.float32)
-        fields = jax.tree.map(lambda dtype: self._on_ranks((batch,), dtype), SAMPLING_DTYPES)
+        fields = self._on_ranks((batch, len(Sampling._fields)), jnp.int32)
         run = functools.partial(sample_ranks, kernels=self._model.execution.kernels)
-        return self._build(f"sampling batch={batch}", run, (), logits, fields)
+        return self._build(f"sampling batch={batch}", run, (), self._logits(batch), fields)
+
+    def compile_adjusting(self, batch: int) -> Any:
+        """The adjusting program of one number of sequences a rank."""
+        shape = AdjustmentShape(batch, self._model.config.vocab_size)
+        run = functools.partial(adjust_ranks, shape=shape)
+        words = self._on_ranks((shape.words,), jnp.int32)
+        return self._build(f"adjusting batch={batch}", run, (), self._logits(batch), words)
+
+    def compile_reporting(self, batch: int) -> Any:
+        """The reporting program of one number of sequences a rank."""
+        run = functools.partial(report_ranks, most=self.most_logprobs, kernels=self._model.execution.kernels)
+        sampled = self._on_ranks((batch, 2), jnp.int32)
+        return self._build(f"reporting batch={batch}", run, (), self._logits(batch), sampled)
+
+    def compile_prompts(self, shape: StepShape) -> Any:
+        """The program that tells of prompts' tokens, of one number of tokens a rank."""
+        model, most = self._model, self.most_logprobs
+
+        def told(
+            params: Any, hidden: Hidden, rows: Int[Array, "R rows"], targets: Int[Array, "R rows"]
+        ) -> Int[Array, "R rows words"]:
+            decoder = merge(model.abstract, params)
+            logits = decoder.logits(pick_rows(hidden, rows), model.execution.kernels)
+            return report_ranks(logits, targets[..., None], most, model.execution.kernels)
+
+        states = self._on_ranks((shape.batch * shape.tokens, model.config.width), model.params["embed"].dtype)
+        rows = self._on_ranks((rows_a_call(shape),), jnp.int32)
+        return self._build(_prompts(shape), told, (), model.params, states, rows, rows)
+
+    @property
+    def _of_batch(self) -> dict[str, Callable[[int], Any]]:
+        return {
+            "sampling": self.compile_sampling,
+            "adjusting": self.compile_adjusting,
+            "reporting": self.compile_reporting,
+        }
+
+    def _of(self, kind: str, logits: Float[Array, "R B V"]) -> Any:
+        batch = logits.shape[1]
+        return self._program(f"{kind} batch={batch}", self._of_batch[kind], batch)
+
+    def _program(self, title: str, compile_program: Callable[[Any], Any], shape: Any) -> Any:
+        if title not in self._compiled:
+            if self._warm:
+                self.late_compiles += 1
+                log.error("compiling after warm-up: %s; no warmed-up shape fits this step", title)
+            self._compiled[title] = compile_program(shape)
+        return self._compiled[title]
+
+    def _logits(self, batch: int) -> jax.ShapeDtypeStruct:
+        return self._on_ranks((batch, self._model.config.vocab_size), jnp.float32)
 
     def _build(self, title: str, fn: Callable[..., Any], donated: int | tuple[()], *arguments: Any) -> Any:
         def lower(name: str) -> jax.stages.Lowered:
@@ -171,11 +247,6 @@ class Executables:
         sharding = NamedSharding(self._model.mesh, spec)
         return jax.ShapeDtypeStruct((self._model.num_ranks, *shape), dtype, sharding=sharding)
 
-    def _count_late(self, program: str) -> None:
-        if self._warm:
-            self.late_compiles += 1
-            log.error("compiling after warm-up: %s; no warmed-up shape fits this step", program)
-
 
 def _abstract(leaf: Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
@@ -191,24 +262,77 @@ def unpack_ranks(packed: Int[Array, "R words"], packing: Packing, shape: StepSha
     return jax.shard_map(local, in_specs=PACKED, out_specs=P(RANKS), check_vma=False)(packed)
 
 
-def last_rows(hidden: Hidden, length: Int[Array, "R B"], shape: StepShape) -> Float[Array, "R B D"]:
-    """The hidden state after each sequence's last token; that of row 0 for padding."""
+def pick_rows(hidden: Hidden, rows: Int[Array, "R rows"]) -> Float[Array, "R rows D"]:
+    """Rows of each rank's own hidden states."""
 
-    def local(hidden: Array, length: Array) -> Array:
-        rows = hidden.reshape(shape.batch, shape.tokens, -1)
-        return jnp.take_along_axis(rows, jnp.maximum(length[0] - 1, 0)[:, None, None], axis=1)[:, 0][None]
+    def local(hidden: Array, rows: Array) -> Array:
+        return hidden[:, rows[0]]
 
-    return jax.shard_map(local, in_specs=(RANK_ROWS, PACKED), out_specs=RANK_ROWS, check_vma=False)(hidden, length)
+    return jax.shard_map(local, in_specs=(RANK_ROWS, PACKED), out_specs=RANK_ROWS, check_vma=False)(hidden, rows)
 
 
-def sample_ranks(logits: Float[Array, "R B V"], sampling: Sampling, kernels: Kernels = "xla") -> Int[Array, "R B two"]:
+def sample_ranks(
+    logits: Float[Array, "R B V"], sampling: Int[Array, "R B fields"], kernels: Kernels = "xla"
+) -> Int[Array, "R B two"]:
     """Token and the bits of its log-probability: one packed array back to the host."""
 
-    def local(logits: Array, sampling: Sampling) -> Array:
-        own = Sampling(*(field[0] for field in sampling))
-        tokens, logprobs = sample(logits[0], *own, implementation=kernels)
+    def local(logits: Array, sampling: Array) -> Array:
+        tokens, logprobs = sample(logits[0], *Sampling.unpack(sampling[0]), implementation=kernels)
         return jnp.stack([tokens, jax.lax.bitcast_convert_type(logprobs, jnp.int32)], axis=-1)[None]
 
     with jax.named_scope("sampling"):
-        run = jax.shard_map(local, in_specs=(RANK_ROWS, PACKED), out_specs=RANK_ROWS, check_vma=False)
+        run = jax.shard_map(local, in_specs=(RANK_ROWS, RANK_ROWS), out_specs=RANK_ROWS, check_vma=False)
         return run(logits, sampling)
+
+
+def adjust_ranks(
+    logits: Float[Array, "R B V"], packed: Int[Array, "R words"], shape: AdjustmentShape
+) -> Float[Array, "R B V"]:
+    def local(logits: Array, packed: Array) -> Array:
+        return adjust(logits[0], *shape.unpack(packed[0]))[None]
+
+    with jax.named_scope("adjusting"):
+        run = jax.shard_map(local, in_specs=(RANK_ROWS, PACKED), out_specs=RANK_ROWS, check_vma=False)
+        return run(logits, packed)
+
+
+def report_ranks(
+    logits: Float[Array, "R N V"], tokens: Int[Array, "R N any"], most: int, kernels: Kernels = "xla"
+) -> Int[Array, "R N words"]:
+    """A `Report` of the first of each row's tokens, packed."""
+
+    def local(logits: Array, tokens: Array) -> Array:
+        chosen = tokens[0, :, 0]
+        logprobs, likely, values = report(logits[0], chosen, most, kernels)
+        own = jnp.stack([chosen, jax.lax.bitcast_convert_type(logprobs, jnp.int32)], axis=-1)
+        return jnp.concatenate([own, likely, jax.lax.bitcast_convert_type(values, jnp.int32)], axis=-1)[None]
+
+    with jax.named_scope("reporting"):
+        run = jax.shard_map(local, in_specs=(RANK_ROWS, RANK_ROWS), out_specs=RANK_ROWS, check_vma=False)
+        return run(logits, tokens)
+
+
+class Report(NamedTuple):
+    """Tokens, their log-probabilities and the most likely tokens with theirs, read back from a packed array.
+
+    likely, values: no entries where the step reported none.
+    """
+
+    tokens: Int[np.ndarray, "R N"]
+    logprobs: Float[np.ndarray, "R N"]
+    likely: Int[np.ndarray, "R N most"]
+    values: Float[np.ndarray, "R N most"]
+
+    @classmethod
+    def read(cls, packed: Int[Array, "R N words"]) -> "Report":
+        words = np.asarray(packed)
+        floats, middle = words.view(np.float32), 1 + words.shape[-1] // 2
+        return cls(words[..., 0], floats[..., 1], words[..., 2:middle], floats[..., middle:])
+
+    def top(self, rank: int, row: int, most: int) -> TopLogprobs:
+        """The `most` most likely tokens of a row."""
+        return tuple(zip(self.likely[rank, row, :most].tolist(), self.values[rank, row, :most].tolist(), strict=True))
+
+
+def _prompts(shape: StepShape) -> str:
+    return f"prompt tokens={shape.batch * shape.tokens}"

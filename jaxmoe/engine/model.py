@@ -106,7 +106,7 @@ class Model:
         self.eos_token_ids = token_ids(generation, "eos_token_id") or self.config.eos_token_ids
         self.recommended_sampling = {
             name: generation[name]
-            for name in ("temperature", "top_p", "top_k")
+            for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
             if isinstance(generation.get(name), int | float) and generation.get("do_sample", True)
         }
         if (

@@ -4,18 +4,22 @@ import bisect
 import math
 import operator
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
-import numpy as np
 
-from jaxmoe.engine.batch import GATHERED, READ_IN_USE, Buckets, Packing, Ranks
+from jaxmoe.engine.adjustments import Adjuster
+from jaxmoe.engine.batch import GATHERED, READ_IN_USE, Buckets, Packing, Ranks, StepShape
 from jaxmoe.engine.config import ACCELERATOR_SHARE, CPU_SHARE, EngineConfig
-from jaxmoe.engine.executables import Executables
+from jaxmoe.engine.executables import Executables, Report
+from jaxmoe.engine.grammars import Grammars
 from jaxmoe.engine.model import Model, Progress, no_progress
 from jaxmoe.engine.pages import PageGroup, pages_reached
-from jaxmoe.engine.scheduler import StepPlan
+from jaxmoe.engine.prompt_logprobs import PromptReports
+from jaxmoe.engine.request import Sampled
+from jaxmoe.engine.scheduler import Sequence, StepPlan
 from jaxmoe.errors import ConfigError
-from jaxmoe.models.kv_cache import bytes_per_page, make_cache
+from jaxmoe.models.kv_cache import KVCache, bytes_per_page, make_cache
 from jaxmoe.moe.simulation import Recorder
 from jaxmoe.moe.statistics import LoadStatistics
 from jaxmoe.sharding.devices import use_huge_pages
@@ -34,9 +38,8 @@ class Runner:
                 f"max_context={self.max_context} is beyond the model's {limit} positions; use at most {limit}"
             )
         self.groups = page_groups(model, config, self.max_context)
-        pages = tuple(group.pages_per_rank for group in self.groups)
-        self._cache = make_cache(model.config, model.mesh, model.rules, pages, config.page_size, model.dtype)
-        use_huge_pages(self._cache)
+        self._page_size = config.page_size
+        self._cache = self._make_cache()
         self._packing = Packing(model.config.spans, config.page_size)
         economy = READ_IN_USE if model.execution.kernels == "native" else GATHERED
         self._buckets = Buckets(config, self.max_context, self._packing, economy)
@@ -45,9 +48,27 @@ class Runner:
         self.statistics = LoadStatistics(
             model.config.experts, spec.num_ranks // spec.expert_devices, spec.expert_devices, model.exchange
         )
-        self.recorder = Recorder(model.config.experts)
+        self.recorder = Recorder()
+        self.grammars = Grammars(model.folder, model.config.vocab_size, model.eos_token_ids)
+        self._adjuster = Adjuster(model.config.vocab_size, model.eos_token_ids, self.grammars)
+        self._prompts = PromptReports()
         if config.warm_up:
-            self.executables.warm_up(self._buckets, progress)
+            with ThreadPoolExecutor(1) as beside:
+                beside.submit(self.grammars.prepare)
+                self.executables.warm_up(self._buckets, progress)
+
+    def reset_cache(self) -> None:
+        """Makes the KV cache anew, whatever has become of the one before, and empty."""
+        for array in jax.tree.leaves(self._cache):  # two might not fit
+            if not array.is_deleted():
+                array.delete()
+        self._cache = self._make_cache()
+
+    def _make_cache(self) -> KVCache:
+        model, pages = self.model, tuple(group.pages_per_rank for group in self.groups)
+        cache = make_cache(model.config, model.mesh, model.rules, pages, self._page_size, model.dtype)
+        use_huge_pages(cache)
+        return cache
 
     @property
     def cache_bytes(self) -> int:
@@ -66,31 +87,56 @@ class Runner:
             for strategy, counts in tokens.items()
         )
 
-    def run(self, plan: StepPlan) -> dict[str, tuple[int, float]]:
-        """Token and log-probability, by request id, of every chunk of the plan that samples."""
+    def run(self, plan: StepPlan) -> dict[str, Sampled]:
+        """What every chunk of the plan that samples brings, by request id."""
         calls = self._buckets.prefills(plan.prefills) if any(plan.prefills) else []
         if any(plan.decodes):
             calls.append((self._buckets.decode_shape(plan.decodes), plan.decodes))
-        launched: list[tuple[Ranks, jax.Array]] = []
-        for shape, ranks in calls:
-            rows = shape.batch * shape.tokens
-            self.model.simulate(rows * self.model.num_ranks)
-            self._cache, out, routed = self.executables(shape, self._cache, self._packing.pack(shape, ranks))
-            launched.append((ranks, out))
-            if routed is not None:
-                self.statistics.record(routed.counts, self.model.slot_expert, rows)
-                if routed.experts is not None:
-                    self.recorder.record(routed.experts)
-        sampled: dict[str, tuple[int, float]] = {}
-        for ranks, out in launched:
-            words = np.asarray(out)
-            logprobs = words[..., 1].view(np.float32)
+        launched = [(ranks, *self._launch(shape, ranks)) for shape, ranks in calls]
+        sampled: dict[str, Sampled] = {}
+        for ranks, out, prompts in launched:
+            brought, told = Report.read(out), [Report.read(packed) for packed in prompts]
             for rank, chunks in enumerate(ranks):
+                of_prompts = (
+                    (float(each.logprobs[rank, row]), each.top(rank, row, self.executables.most_logprobs))
+                    for each in told
+                    for row in range(each.tokens.shape[1])
+                )
                 for row, chunk in enumerate(chunks):
+                    if told:
+                        self._prompts.take(chunk, of_prompts)
                     if chunk.samples:
-                        sampled[chunk.sequence.request.id] = (int(words[rank, row, 0]), float(logprobs[rank, row]))
+                        sampled[chunk.sequence.request.id] = self._sampled(brought, rank, row, chunk.sequence)
         self.statistics.settle()
         return sampled
+
+    def _launch(self, shape: StepShape, ranks: Ranks) -> tuple[jax.Array, list[jax.Array]]:
+        """Packed reports on what a call sampled, and on tokens of its prompts."""
+        programs, rows = self.executables, shape.batch * shape.tokens
+        self.model.simulate(rows * self.model.num_ranks)
+        self._cache, logits, sampling, hidden, routed = programs.forward(
+            shape, self._cache, self._packing.pack(shape, ranks)
+        )
+        if routed is not None:
+            self.statistics.record(routed.counts, self.model.slot_expert, rows)
+            if routed.experts is not None:
+                self.recorder.record(routed.experts)
+        adjusted = logits
+        for packed in self._adjuster.pack(shape.batch, ranks):
+            adjusted = programs.adjust(adjusted, packed)
+        out = programs.sample(adjusted, sampling)
+        asked = any(chunk.sequence.request.params.logprobs for chunks in ranks for chunk in chunks if chunk.samples)
+        if asked or adjusted is not logits:
+            out = programs.report(logits, out)
+        if hidden is None:
+            return out, []
+        return out, [programs.report_prompts(shape, hidden, rows) for rows in self._prompts.pick(shape, ranks)]
+
+    def _sampled(self, brought: Report, rank: int, row: int, sequence: Sequence) -> Sampled:
+        token, logprob = int(brought.tokens[rank, row]), float(brought.logprobs[rank, row])
+        params = sequence.request.params
+        top = (brought.top(rank, row, params.logprobs),) if params.logprobs else ()
+        return Sampled(token, logprob, top, self._prompts.give(sequence))
 
 
 def page_groups(model: Model, config: EngineConfig, max_context: int) -> tuple[PageGroup, ...]:

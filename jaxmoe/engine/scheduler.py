@@ -1,43 +1,66 @@
 """Which tokens of which requests go through the model in the next step. Imports neither jax nor numpy.
 
-Every step decodes all that decode and prefills chunks of the rest. Requests wait in one queue, first come first served;
-once admitted to an attention rank they stay there. When a rank runs out of KV pages, the one admitted last gives up all
-of its own, keeps its tokens, and waits at the front of the queue to have them recomputed. So the one admitted first
-always moves on, and with it the whole.
+Every step decodes all that decode and, within a budget of tokens, prefills chunks of the rest. Requests have one order,
+by arrival and priority, and it never changes: a level of priority is worth so many steps of having waited, so that
+whoever waits comes first in the end. They wait in that order; once admitted to an attention rank they stay there. When
+a rank runs out of KV pages, the last in order of those running there gives up all of its own, keeps its tokens, and
+waits in its place to have them recomputed. So the first in order always moves on, and with it the whole.
 """
 
+import bisect
 import dataclasses
 import operator
-from collections import deque
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
+from hashlib import blake2b
 from typing import NamedTuple
 
 from jaxmoe.engine.config import EngineConfig
-from jaxmoe.engine.pages import PageGroup, PageTables, RankPages, pages_reached
-from jaxmoe.engine.request import Output, Request
+from jaxmoe.engine.kv_events import KvEventBatch, RankEvents
+from jaxmoe.engine.pages import PageGroup, PageTables, RankPages, page_name, pages_reached
+from jaxmoe.engine.request import MOST_PRIORITY, Output, Request, Sampled
 from jaxmoe.errors import DuplicateRequestError, InvalidRequestError, QueueFullError
 
 NO_PAGES = PageTables(0)
+# How much more than the least loaded rank another may carry, in multiples of the tokens it need not compute, for a
+# request to go where its prefix is cached.
+AFFINITY = 4
+BY_ORDER = operator.attrgetter("order")
 
 
-@dataclasses.dataclass(eq=False, slots=True)
+@dataclasses.dataclass(eq=False, slots=True, weakref_slot=True)
 class Sequence:
-    """A live request and how far it has come.
+    """A live sample of a request and how far it has come.
 
+    request: as submitted; that of a further sample has an id and a seed of its own.
+    name: the id that was submitted. index: which of its samples this is.
     tokens: the prompt, then what was generated.
     limit: the number of tokens at which it ends, whatever they are.
+    order: smaller goes first.
+    root: where the names of its pages begin; None if it neither finds nor leaves any.
+    first: the sample that computes the prompt before this one starts.
     rank: its attention rank; -1 while it waits.
     num_computed: the first so many tokens have their keys and values in the cache.
     tables: its pages; none while it waits.
+    names: of its first full pages, as far as they were asked for.
+    num_stored: the first so many pages can be found by others.
+    num_cached: of the prompt's tokens those that were found in the prefix cache when it first ran; -1 before.
     """
 
     request: Request
+    name: str
+    index: int
     tokens: list[int]
     limit: int
+    order: tuple[int, int, int]
+    root: bytes | None = None
+    first: "Sequence | None" = None
     rank: int = -1
     num_computed: int = 0
     tables: PageTables = NO_PAGES
+    names: list[bytes] = dataclasses.field(default_factory=list)
+    num_stored: int = 0
+    num_cached: int = -1
 
     @property
     def num_uncomputed(self) -> int:
@@ -89,6 +112,25 @@ class RankLoad(NamedTuple):
     total_pages: int
 
 
+class Stats(NamedTuple):
+    """Counts since the start, and what there is now, over all ranks.
+
+    preemptions: how often a sequence gave up its pages. failed_steps: see `Scheduler.fail`.
+    queried_tokens, hit_tokens: of the prompts that were admitted, and of these those found in the prefix cache.
+    cached_pages: that nobody uses and the prefix cache could give.
+    """
+
+    running: int
+    waiting: int
+    preemptions: int
+    failed_steps: int
+    queried_tokens: int
+    hit_tokens: int
+    used_pages: int
+    cached_pages: int
+    total_pages: int
+
+
 class Scheduler:
     """`schedule` and `complete` alternate; `submit` and `cancel` may come at any time between."""
 
@@ -107,12 +149,19 @@ class Scheduler:
         self._max_context = max_context
         self._eos_token_ids = eos_token_ids
         self._vocab_size = vocab_size
-        self._pages = [RankPages(groups, config.page_size) for _ in range(num_ranks)]
-        self._running: list[list[Sequence]] = [[] for _ in range(num_ranks)]  # by rank, first admitted first
-        self._waiting: deque[Sequence] = deque()
+        self._events = [RankEvents() for _ in range(num_ranks if config.prefix_cache else 0)]
+        self._pages = [
+            RankPages(groups, config.page_size, self._events[rank] if self._events else None)
+            for rank in range(num_ranks)
+        ]
+        self._running: list[list[Sequence]] = [[] for _ in range(num_ranks)]  # by rank, in order
+        self._waiting: list[Sequence] = []  # in order
         self._live: dict[str, Sequence] = {}
-        self._aborted: dict[str, Output] = {}  # cancelled, and not yet told by `complete`
-        self.num_preemptions = 0
+        self._samples: dict[str, list[Sequence]] = {}  # those that live, by the id that was submitted
+        self._aborted: dict[str, list[Output]] = {}  # cancelled, and not yet told by `complete`
+        self._num_steps = self._num_submitted = self._num_event_batches = 0
+        self._queried_tokens = self._hit_tokens = 0
+        self.num_preemptions = self.num_failed = 0
 
     @property
     def queue_length(self) -> int:
@@ -133,60 +182,124 @@ class Scheduler:
         Raises InvalidRequestError, DuplicateRequestError while its id lives or its end is untold, QueueFullError.
         """
         limit = self._limit(request)
-        if request.id in self._live or request.id in self._aborted:
+        if request.id in self._samples or request.id in self._aborted:
             raise DuplicateRequestError(
                 f"a request with id {request.id!r} is live; use another id, or wait for its end"
             )
         if len(self._waiting) >= self._config.max_queue:
             raise QueueFullError(f"{len(self._waiting)} requests wait already (max_queue); try again later")
-        self._live[request.id] = sequence = Sequence(request, list(request.prompt), limit)
-        self._waiting.append(sequence)
+        self._num_submitted += 1
+        urgency = self._num_steps + request.priority * self._config.priority_ageing
+        root = b"" if self._config.prefix_cache else None
+        if root is None and request.params.n > 1:
+            root = page_name(b"", (self._num_submitted,))  # that no other request has
+        samples = self._samples[request.id] = []
+        for index in range(request.params.n):
+            own, order = sample_of(request, index), (urgency, self._num_submitted, index)
+            first = samples[0] if samples else None
+            sequence = Sequence(own, request.id, index, list(request.prompt), limit, order, root, first)
+            samples.append(sequence)
+            self._live[own.id] = sequence
+            bisect.insort(self._waiting, sequence, key=BY_ORDER)
 
-    def cancel(self, request_id: str) -> bool:
-        """Ends a request and frees its pages; the next `complete` tells of it. False if no such request is live.
+    def cancel(self, request_id: str, index: int | None = None) -> bool:
+        """Ends a request, or one of its samples, and frees the pages; the next `complete` tells of it.
 
-        A step already planned may still run: its plan still names those pages, and nobody gets them before the next.
+        False if no such request or sample is live. A step already planned may still run: its plan still names those
+        pages, and nobody gets them before the next.
         """
-        sequence = self._live.get(request_id)
-        if sequence is None:
-            return False
-        self._end(sequence)
-        self._aborted[request_id] = Output(request_id, (), (), "abort")
-        return True
+        samples = [each for each in self._samples.get(request_id, ()) if index in (None, each.index)]
+        for sequence in samples:
+            self._end(sequence)
+            aborted = Output(request_id, (), (), "abort", index=sequence.index)
+            self._aborted.setdefault(request_id, []).append(aborted)
+        return bool(samples)
 
     def schedule(self) -> StepPlan:
         """Plans a step and gives its tokens the pages they need."""
         prefills: list[list[Chunk]] = [[] for _ in self._running]
         decodes: list[list[Chunk]] = [[] for _ in self._running]
+        # What is left for prefills once all have decoded that can.
+        budgets = [self._config.token_budget - sum(each.decodes for each in running) for running in self._running]
         for rank, running in enumerate(self._running):
             for sequence in running:  # preemption shortens this list, at its end
                 if sequence.decodes:
                     self._plan(sequence, 1, decodes[rank])
                 else:
-                    self._plan(sequence, self._prefill_room(prefills[rank]), prefills[rank])
+                    self._plan(sequence, self._prefill_room(prefills[rank], budgets[rank]), prefills[rank])
         if self._waiting:
-            self._admit(prefills)
+            self._admit(prefills, budgets)
+        self._num_steps += 1
         return StepPlan(tuple(map(tuple, prefills)), tuple(map(tuple, decodes)))
 
-    def complete(self, plan: StepPlan, sampled: Mapping[str, tuple[int, float]]) -> list[Output]:
-        """Takes in what a step brought: `sampled` has token and logprob, by request id, for each chunk that samples."""
-        outputs = list(self._aborted.values())
-        self._aborted.clear()
+    def complete(self, plan: StepPlan, sampled: Mapping[str, Sampled]) -> list[Output]:
+        """Takes in what a step brought: `sampled` has it by request id, for each chunk that samples."""
+        outputs = self._told_aborts()
         for sequence, start, length, samples in plan.chunks:
             request = sequence.request
             if request.id not in self._live:  # cancelled while the step ran
                 continue
             sequence.num_computed = start + length
+            self._store(sequence)
             self._pages[sequence.rank].trim(sequence.tables, sequence.num_computed)
             if not samples:
                 continue
-            token, logprob = sampled[request.id]
+            brought = sampled[request.id]
+            token = brought[0]
             sequence.tokens.append(token)
             reason = self._finish_reason(sequence)
             if reason:
                 self._end(sequence)
-            outputs.append(Output(request.id, (token,), (logprob,), reason, token if reason == "stop" else None))
+            stop = token if reason == "stop" else None
+            index, cached = sequence.index, sequence.num_cached
+            outputs.append(
+                Output(sequence.name, (token,), (brought[1],), reason, stop, index, *brought[2:], cached_tokens=cached)
+            )
         return outputs
+
+    def fail(self, plan: StepPlan, error: str) -> list[Output]:
+        """In place of `complete`, after a step that failed and left nothing in the KV cache that can be relied on.
+
+        All requests with a part in it end with "error"; the others are computed anew, and no prefix is cached.
+        """
+        outputs = self._told_aborts()
+        for name in dict.fromkeys(chunk.sequence.name for chunk in plan.chunks):
+            for sequence in list(self._samples.get(name, ())):
+                self._end(sequence)
+                outputs.append(Output(name, (), (), "error", index=sequence.index, error=error))
+        for running in self._running:
+            for sequence in list(running):
+                self._requeue(sequence)
+        self.clear_prefix_cache()
+        self.num_failed += 1
+        return outputs
+
+    def clear_prefix_cache(self) -> None:
+        """Forgets all prefixes; whoever runs keeps its pages."""
+        for pages in self._pages:
+            pages.clear()
+
+    def kv_events(self) -> list[KvEventBatch]:
+        """What entered and left the prefix caches since the last call, as far as it is in pages of the widest span."""
+        batches = []
+        for rank, events in enumerate(self._events):
+            if taken := events.take():
+                self._num_event_batches += 1
+                batches.append(KvEventBatch(self._num_event_batches, rank, taken))
+        return batches
+
+    def stats(self) -> Stats:
+        return Stats(
+            running=self.num_running,
+            waiting=self.queue_length,
+            preemptions=self.num_preemptions,
+            failed_steps=self.num_failed,
+            queried_tokens=self._queried_tokens,
+            hit_tokens=self._hit_tokens,
+            used_pages=sum(pages.used for pages in self._pages),
+            cached_pages=sum(pages.cached for pages in self._pages),
+            total_pages=sum(pages.total for pages in self._pages),
+        )
 
     def loads(self) -> list[RankLoad]:
         pinned = [sequence.request.rank for sequence in self._waiting]
@@ -206,15 +319,26 @@ class Scheduler:
         for rank, (running, pages) in enumerate(zip(self._running, self._pages, strict=True)):
             pages.check_integrity([(sequence.tables, sequence.num_computed) for sequence in running])
             assert all(sequence.rank == rank for sequence in running)
+            assert running == sorted(running, key=BY_ORDER)
+        assert self._waiting == sorted(self._waiting, key=BY_ORDER)
         for sequence in self._waiting:
-            assert (sequence.rank, sequence.num_computed, sequence.tables) == (-1, 0, NO_PAGES)
+            assert (sequence.rank, sequence.num_computed, sequence.num_stored) == (-1, 0, 0)
+            assert sequence.tables is NO_PAGES
+        assert not NO_PAGES.end
         placed = [*self._waiting, *(sequence for running in self._running for sequence in running)]
         assert sorted(sequence.request.id for sequence in placed) == sorted(self._live)
+        samples = [(name, sequence) for name, samples in self._samples.items() for sequence in samples]
+        assert sorted(sequence.request.id for _, sequence in samples) == sorted(self._live)
+        assert all(sequence.name == name for name, sequence in samples)
 
     def _limit(self, request: Request) -> int:
         """The number of tokens at which the request ends; raises InvalidRequestError if it cannot be served."""
         prompt, max_tokens, rank = request.prompt, request.params.max_tokens, request.rank
         request.params.validate(self._vocab_size)
+        if abs(request.priority) > MOST_PRIORITY:
+            raise InvalidRequestError(
+                f"priority={request.priority} must be between {-MOST_PRIORITY} and {MOST_PRIORITY}", "priority"
+            )
         if rank is not None and not 0 <= rank < len(self._running):
             raise InvalidRequestError(
                 f"rank={rank} is not one of the attention ranks 0..{len(self._running) - 1}", "rank"
@@ -252,36 +376,106 @@ class Scheduler:
             return "stop"
         return "length" if len(sequence.tokens) >= sequence.limit else None
 
-    def _admit(self, prefills: list[list[Chunk]]) -> None:
-        """Starts as many of those who wait as there is room for, in order; each on the rank with the least to do.
+    def _told_aborts(self) -> list[Output]:
+        outputs = [output for samples in self._aborted.values() for output in samples]
+        self._aborted.clear()
+        return outputs
+
+    def _admit(self, prefills: list[list[Chunk]], budgets: Seq[int]) -> None:
+        """Starts as many of those who wait as there is room for, in order; `_place` says where.
 
         Nobody overtakes: who could go nowhere holds up all behind, who is pinned to a full rank holds up that rank.
+        Only further samples stand aside until the first has computed what they share.
         """
 
         def has_place(rank: int) -> bool:
-            return len(self._running[rank]) < self._config.max_batch and self._prefill_room(prefills[rank]) > 0
+            room = self._prefill_room(prefills[rank], budgets[rank])
+            return len(self._running[rank]) < self._config.max_batch and room > 0
 
         open_ranks = [rank for rank in range(len(self._running)) if has_place(rank)]
-        tokens = {rank: sum(len(sequence.tokens) for sequence in self._running[rank]) for rank in open_ranks}
+        loads = {rank: sum(len(sequence.tokens) for sequence in self._running[rank]) for rank in open_ranks}
         spare = {rank: self._spare_pages(rank) for rank in open_ranks}
         for sequence in list(self._waiting):
-            pinned, needed = sequence.request.rank, self._pages_ahead(sequence)
-            choices = [rank for rank in open_ranks if pinned in (None, rank)]
-            choices = [rank for rank in choices if all(map(operator.le, needed, spare[rank]))]
+            if self._stands_aside(sequence):
+                continue
+            pinned = sequence.request.rank
+            hits = {rank: self._hit(sequence, rank) for rank in open_ranks if pinned in (None, rank)}
+            needed = {rank: self._pages_needed(sequence, rank, hit) for rank, hit in hits.items()}
+            choices = [rank for rank in hits if all(map(operator.le, needed[rank], spare[rank]))]
             if choices:
-                rank = min(choices, key=tokens.__getitem__)
+                rank = self._place(choices, hits, loads)
                 self._waiting.remove(sequence)
-                self._running[rank].append(sequence)
-                sequence.rank, sequence.tables = rank, PageTables(len(self._groups))
-                self._plan(sequence, self._prefill_room(prefills[rank]), prefills[rank])
-                tokens[rank] += len(sequence.tokens)
-                spare[rank] = list(map(operator.sub, spare[rank], needed))
+                self._start(sequence, rank, hits[rank])
+                self._plan(sequence, self._prefill_room(prefills[rank], budgets[rank]), prefills[rank])
+                loads[rank] += len(sequence.tokens)
+                spare[rank] = list(map(operator.sub, spare[rank], needed[rank]))
                 if not has_place(rank):
                     open_ranks.remove(rank)
             elif pinned is None or not open_ranks:
                 break
             elif pinned in open_ranks:
                 open_ranks.remove(pinned)
+
+    def _place(self, choices: Seq[int], hits: Mapping[int, int], loads: Mapping[int, int]) -> int:
+        """The rank that has most of the sequence's pages; of equals the one with the fewest tokens, computed or not.
+
+        No rank is taken that carries more than twice the tokens of the least loaded one, and more by over AFFINITY
+        times those that need not be computed there: so a prefix that all want spreads.
+        """
+        least = min(loads[rank] for rank in choices)
+        size = self._config.page_size
+        fair = (rank for rank in choices if loads[rank] - least <= max(least, AFFINITY * hits[rank] * size))
+        return min(fair, key=lambda rank: (-hits[rank], loads[rank], rank))
+
+    def _stands_aside(self, sequence: Sequence) -> bool:
+        first, size = sequence.first, self._config.page_size
+        if first is None or first.request.id not in self._live:
+            return False
+        return first.num_computed // size < (len(sequence.request.prompt) - 1) // size
+
+    def _start(self, sequence: Sequence, rank: int, hit: int) -> None:
+        """Lets a sequence run on a rank with so many pages that are there already."""
+        bisect.insort(self._running[rank], sequence, key=BY_ORDER)
+        sequence.rank, sequence.tables = rank, PageTables(len(self._groups))
+        if hit:
+            self._pages[rank].adopt(sequence.tables, sequence.names, hit)
+        sequence.num_stored, sequence.num_computed = hit, hit * self._config.page_size
+        if sequence.num_cached < 0:
+            sequence.num_cached = sequence.num_computed
+            self._queried_tokens += len(sequence.tokens)
+            self._hit_tokens += sequence.num_cached
+
+    def _hit(self, sequence: Sequence, rank: int) -> int:
+        """How many pages of a waiting sequence need not be computed on a rank; its last token always is."""
+        request = sequence.request
+        # The prompt's log-probabilities are told with the first token.
+        untold = request.params.prompt_logprobs is not None and len(sequence.tokens) == len(request.prompt)
+        if sequence.root is None or untold:
+            return 0
+        most = (len(sequence.tokens) - 1) // self._config.page_size
+        self._name_pages(sequence, most)
+        return self._pages[rank].hit(sequence.names, most)
+
+    def _name_pages(self, sequence: Sequence, count: int) -> None:
+        """Names as many of its first pages."""
+        names, size = sequence.names, self._config.page_size
+        assert sequence.root is not None
+        parent = names[-1] if names else sequence.root
+        for index in range(len(names), count):
+            parent = page_name(parent, sequence.tokens[index * size : (index + 1) * size])
+            names.append(parent)
+
+    def _store(self, sequence: Sequence) -> None:
+        """Lets others find the pages that have become full."""
+        size, start = self._config.page_size, sequence.num_stored
+        count = sequence.num_computed // size
+        if sequence.root is None or count <= start:
+            return
+        self._name_pages(sequence, count)
+        parent = sequence.names[start - 1] if start else sequence.root
+        tokens = sequence.tokens[start * size : count * size]
+        self._pages[sequence.rank].store(sequence.tables, sequence.names[start:count], start, parent, tokens)
+        sequence.num_stored = count
 
     def _plan(self, sequence: Sequence, room: int, chunks: list[Chunk]) -> None:
         """Adds its next tokens, `room` at most, and gives them pages: if none are free, those of who came last."""
@@ -295,20 +489,26 @@ class Scheduler:
         if length:
             chunks.append(Chunk(sequence, sequence.num_computed, length, length == sequence.num_uncomputed))
 
-    def _prefill_room(self, chunks: list[Chunk]) -> int:
-        """How many tokens one more chunk beside these may hold."""
+    def _prefill_room(self, chunks: list[Chunk], budget: int) -> int:
+        """How many tokens one more chunk beside these may hold, if all may hold `budget`."""
         if len(chunks) >= self._config.max_prefill_sequences:
             return 0
-        return self._config.max_prefill_tokens - sum(chunk.length for chunk in chunks)
+        return min(budget, self._config.max_prefill_tokens) - sum(chunk.length for chunk in chunks)
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._vacate(sequence)
-        sequence.rank, sequence.num_computed, sequence.tables = -1, 0, NO_PAGES
-        self._waiting.appendleft(sequence)
+        self._requeue(sequence)
         self.num_preemptions += 1
+
+    def _requeue(self, sequence: Sequence) -> None:
+        self._vacate(sequence)
+        sequence.rank, sequence.num_computed, sequence.num_stored, sequence.tables = -1, 0, 0, NO_PAGES
+        bisect.insort(self._waiting, sequence, key=BY_ORDER)
 
     def _end(self, sequence: Sequence) -> None:
         del self._live[sequence.request.id]
+        self._samples[sequence.name].remove(sequence)
+        if not self._samples[sequence.name]:
+            del self._samples[sequence.name]
         if sequence.rank < 0:
             self._waiting.remove(sequence)
         else:
@@ -324,19 +524,35 @@ class Scheduler:
         return self._max_context if group.pages_per_rank >= held else group.pages_per_rank * self._config.page_size
 
     def _spare_pages(self, rank: int) -> list[int]:
-        """Pages of each group beside those that the sequences running on a rank need, or soon will."""
-        spare = [group.pages_per_rank for group in self._groups]
+        """Free pages of each group beside those that the sequences running on a rank soon need."""
+        spare = self._pages[rank].free
         for sequence in self._running[rank]:
-            spare = list(map(operator.sub, spare, self._pages_ahead(sequence)))
+            for group, ahead in enumerate(self._pages_ahead(sequence, sequence.num_uncomputed)):
+                spare[group] -= max(0, ahead - len(sequence.tables.pages[group]))
         return spare
 
-    def _pages_ahead(self, sequence: Sequence) -> list[int]:
+    def _pages_needed(self, sequence: Sequence, rank: int, hit: int) -> list[int]:
+        """Free pages of each group that a waiting sequence takes, now or soon, if it finds `hit` pages on a rank."""
+        ahead = self._pages_ahead(sequence, len(sequence.tokens) - hit * self._config.page_size)
+        return list(map(operator.sub, ahead, self._pages[rank].shared(sequence.names, hit))) if hit else ahead
+
+    def _pages_ahead(self, sequence: Sequence, uncomputed: int) -> list[int]:
         """Pages for all its tokens and a page's worth more, so that whoever is admitted next is not soon preempted."""
         tokens = min(len(sequence.tokens) + self._config.page_size, sequence.limit)
-        at_once = min(sequence.num_uncomputed, self._config.max_prefill_tokens)
+        at_once = min(uncomputed, self._config.max_prefill_tokens)
         return [self._most_pages(group, tokens, at_once) for group in self._groups]
 
     def _most_pages(self, group: PageGroup, tokens: int, at_once: int) -> int:
         """Pages that a sequence of so many tokens holds at most, if its steps compute up to `at_once` of them."""
         page_size = self._config.page_size
         return pages_reached(group.span, at_once, page_size, -(-tokens // page_size))
+
+
+def sample_of(request: Request, index: int) -> Request:
+    """A request for one of its samples alone. The first has the request's own id and seed."""
+    params = request.params
+    if index == 0:
+        return request
+    seed = blake2b(f"{params.seed} {index}".encode(), digest_size=4).digest()
+    own = dataclasses.replace(params, seed=int.from_bytes(seed, "little"), prompt_logprobs=None)
+    return dataclasses.replace(request, id=f"{request.id}\0{index}", params=own)

@@ -33,8 +33,8 @@ class ProfiledEngine:
     def submit(self, request: Request) -> None:
         self._engine.submit(request)
 
-    def cancel(self, request_id: str) -> bool:
-        return self._engine.cancel(request_id)
+    def cancel(self, request_id: str, index: int | None = None) -> bool:
+        return self._engine.cancel(request_id, index)
 
     def loads(self) -> Iterable[RankLoad]:
         return self._engine.loads()

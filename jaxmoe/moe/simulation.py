@@ -175,8 +175,8 @@ def inclusion(shares: Float[np.ndarray, "E"], k: int) -> Float[np.ndarray, "E"]:
 class Recorder:
     """The experts of the first tokens that an engine routes, in the order of calls, ranks and rows."""
 
-    def __init__(self, experts: int, most: int = TRACED) -> None:
-        self._experts, self._most = experts, most
+    def __init__(self, most: int = TRACED) -> None:
+        self._most = most
         self._kept: list[np.ndarray] = []
         self.num_tokens = 0
 
@@ -190,7 +190,7 @@ class Recorder:
         self.num_tokens += len(routed)
 
     def save(self, path: str | Path) -> None:
-        """For `trace:FILE`: an npz of experts [tokens, L, K] and their number. Raises ConfigError."""
+        """For `trace:FILE`: an npz of `experts` [tokens, L, K]. Raises ConfigError."""
         try:
             with Path(path).open("wb") as file:
                 np.savez_compressed(file, experts=np.concatenate(self._kept or [np.zeros((0, 0, 0), np.int16)]))

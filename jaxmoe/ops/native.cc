@@ -5,8 +5,8 @@
 // keys and values are read where they lie, and only those that some query sees.
 //
 // Every number is the result of the same operations in the same order whatever else is in the batch, however rows are
-// tiled and whichever thread computes them: a product is summed over its depth from first to last with fused
-// multiply-adds, and attention goes over blocks of keys that begin at fixed positions. So results do not depend, to the
+// tiled and whichever thread computes them: a product is summed over blocks of kBlockDepth, each from first to last with
+// fused multiply-adds, and then over the blocks; and attention goes over blocks of keys that begin at fixed positions. So results do not depend, to the
 // bit, on batch, chunking or the number of threads.
 //
 // Vectors are GCC's and clang's vector extensions: one source for AVX-512, AVX2 and NEON.
@@ -229,21 +229,24 @@ class Team {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// y[m, n] += sum_k x[m, k] w[k, n]
+// y[m, n] += sum_k x[m, k] w[k, n], over blocks of depth.
 
-// D rows of w at a time against every row of x: weights come once, in order, from memory; sums wait in the first cache.
+// D rows of w at a time against every row of x: weights come once, in order, from memory, and sums wait in a cache. What
+// comes next in each row is asked for, and at their ends what the next D rows begin with.
 template <int D, typename W>
 inline void StreamRows(const float* x, ptrdiff_t ldx, int rows, const W* w, ptrdiff_t ldw, int cols, float* y,
                        ptrdiff_t ldy) {
+  const int further = rows == 1 ? 2 * kPair : 4 * kPair;
   int c = 0;
   for (; c + kPair <= cols; c += kPair) {
+    const W* soon = w + c + further + (c + further < cols ? 0 : D * ldw - cols);
     Vec first[D], second[D];
 #pragma GCC unroll 16
     for (int d = 0; d < D; ++d) {
       first[d] = Load(w + d * ldw + c);
       second[d] = Load(w + d * ldw + c + kLanes);
-      __builtin_prefetch(w + (d + D) * ldw + c);
-      if (sizeof(W) * kLanes >= 64) __builtin_prefetch(w + (d + D) * ldw + c + kLanes);
+      __builtin_prefetch(soon + d * ldw);
+      if (sizeof(W) * kLanes >= 64) __builtin_prefetch(soon + d * ldw + kLanes);
     }
     for (int m = 0; m < rows; ++m) {
       Vec left = Load(y + m * ldy + c), right = Load(y + m * ldy + c + kLanes);
@@ -266,19 +269,33 @@ inline void StreamRows(const float* x, ptrdiff_t ldx, int rows, const W* w, ptrd
   }
 }
 
-// also: another matrix `apart` elements on, whose products go to `also`, if there is one; in step, because their rows
-// may lie side by side.
+inline void Zero(float* y, ptrdiff_t ldy, int rows, int cols) {
+  for (int m = 0; m < rows; ++m) std::memset(y + m * ldy, 0, cols * sizeof(float));
+}
+
+inline void Add(float* y, const float* more, int count) {
+  for (int i = 0; i < count; ++i) y[i] += more[i];
+}
+
+// One block: y = x w.
+template <typename W>
+void StreamBlock(const float* x, ptrdiff_t ldx, int rows, const W* w, ptrdiff_t ldw, int depth, int cols, float* y,
+                 ptrdiff_t ldy) {
+  Zero(y, ldy, rows, cols);
+  int k = 0;
+  for (; k + kDepth <= depth; k += kDepth) StreamRows<kDepth>(x + k, ldx, rows, w + k * ldw, ldw, cols, y, ldy);
+  for (; k < depth; ++k) StreamRows<1>(x + k, ldx, rows, w + k * ldw, ldw, cols, y, ldy);
+}
+
+// All blocks: y = x w.
 template <typename W>
 void Stream(const float* x, ptrdiff_t ldx, int rows, const W* w, ptrdiff_t ldw, int depth, int cols, float* y,
-            ptrdiff_t ldy, ptrdiff_t apart = 0, float* also = nullptr) {
-  int k = 0;
-  for (; k + kDepth <= depth; k += kDepth) {
-    StreamRows<kDepth>(x + k, ldx, rows, w + k * ldw, ldw, cols, y, ldy);
-    if (also) StreamRows<kDepth>(x + k, ldx, rows, w + k * ldw + apart, ldw, cols, also, ldy);
-  }
-  for (; k < depth; ++k) {
-    StreamRows<1>(x + k, ldx, rows, w + k * ldw, ldw, cols, y, ldy);
-    if (also) StreamRows<1>(x + k, ldx, rows, w + k * ldw + apart, ldw, cols, also, ldy);
+            ptrdiff_t ldy) {
+  StreamBlock(x, ldx, rows, w, ldw, std::min(depth, kBlockDepth), cols, y, ldy);
+  for (int k = kBlockDepth; k < depth; k += kBlockDepth) {
+    float* block = Local(static_cast<size_t>(rows) * cols, 2);
+    StreamBlock(x + k, ldx, rows, w + k * ldw, ldw, std::min(depth - k, kBlockDepth), cols, block, cols);
+    for (int m = 0; m < rows; ++m) Add(y + m * ldy, block + m * cols, cols);
   }
 }
 
@@ -299,7 +316,7 @@ struct Ahead {
   }
 };
 
-// Fresh: y is only written, and not added to.
+// Fresh: y is only written; otherwise the sums, from zero, are added to it.
 // Loops are unrolled by command: GCC decides too late, and then keeps sums in memory.
 // M rows against a packed panel [depth, V * kLanes]. Row i of x at step k: x[i * ldx + k * step].
 template <int M, int V, bool Fresh>
@@ -309,7 +326,7 @@ inline void Tile(const float* x, ptrdiff_t ldx, ptrdiff_t step, int depth, const
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 16
-    for (int j = 0; j < V; ++j) sums[i][j] = Fresh ? Vec{} : Load(y + i * ldy + j * kLanes);
+    for (int j = 0; j < V; ++j) sums[i][j] = Vec{};
   const float* of_rows[(M + 2) / 3];
 #pragma GCC unroll 16
   for (int i = 0; i < (M + 2) / 3; ++i) of_rows[i] = x + 3 * i * ldx;
@@ -334,7 +351,10 @@ inline void Tile(const float* x, ptrdiff_t ldx, ptrdiff_t step, int depth, const
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 16
-    for (int j = 0; j < V; ++j) Store(sums[i][j], y + i * ldy + j * kLanes);
+    for (int j = 0; j < V; ++j) {
+      float* to = y + i * ldy + j * kLanes;
+      Store(Fresh ? sums[i][j] : Load(to) + sums[i][j], to);
+    }
   ahead = own;
 }
 
@@ -364,6 +384,8 @@ inline int EvenRows(int rows, int vecs = kTileVecs) {  // of a tile, so that all
   return (rows + tiles - 1) / tiles;
 }
 
+inline size_t Rounded(size_t cols) { return (cols + kPanel - 1) / kPanel * kPanel; }
+
 // Row by row, so that a page of memory is visited once.
 template <typename W>
 void Pack(const W* w, ptrdiff_t ldw, int depth, int cols, float* panels) {
@@ -381,14 +403,15 @@ void Pack(const W* w, ptrdiff_t ldw, int depth, int cols, float* panels) {
   }
 }
 
-// cols <= kBlockCols where rows > kStreamRows; y then has room for whole panels. next: what will be multiplied by
-// thereafter, as wide, if that is known.
+// y = x w. cols <= kBlockCols where rows > kStreamRows; y then has room for whole panels. next: what will be multiplied
+// by thereafter, as wide, if that is known.
 template <typename W>
 void Multiply(const float* x, ptrdiff_t ldx, int rows, const W* w, ptrdiff_t ldw, int depth, int cols, float* y,
               ptrdiff_t ldy, const W* next = nullptr) {
   if (rows <= kStreamRows) return Stream(x, ldx, rows, w, ldw, depth, cols, y, ldy);
   float* panels = Local(static_cast<size_t>(kBlockDepth) * kBlockCols, 0);
   int high = EvenRows(rows), tiles = (rows + high - 1) / high;
+  Zero(y, ldy, rows, static_cast<int>(Rounded(cols)));
   for (int k = 0; k < depth; k += kBlockDepth) {
     int deep = std::min(kBlockDepth, depth - k);
     Pack(w + k * ldw, ldw, deep, cols, panels);
@@ -412,14 +435,82 @@ void Multiply(const float* x, ptrdiff_t ldx, int rows, const W* w, ptrdiff_t ldw
   }
 }
 
-// Columns of one task. Weights that stream want whole rows if these are short, since a processor fetches on past the end
-// of what is wanted, and otherwise enough tasks for threads to end together.
-inline int TaskCols(int64_t cols, int64_t parts, int64_t rows, int threads) {
-  if (rows > kStreamRows) return kBlockCols;
-  int64_t blocks = cols > 512 ? (cols + 255) / 256 : 1;
-  blocks = std::max(blocks, (threads + parts - 1) / parts);
-  int64_t even = (cols + blocks - 1) / blocks;
-  return static_cast<int>(std::max<int64_t>((even + kPair - 1) / kPair * kPair, kPair));
+// A few rows against a matrix.
+template <typename W>
+struct Few {
+  const float* x;
+  ptrdiff_t ldx;
+  int rows;
+  const W* w;
+  ptrdiff_t ldw;
+  int depth, cols;
+};
+
+constexpr int kManyRows = 24;  // more are bound by multiplications, and by where sums wait
+
+// Columns that one task takes: memory is read fastest along whole rows, as long as their sums stay in the second cache.
+inline int StreamCols(int rows, int cols) {
+  int most = rows > kManyRows ? 256 : 4096, tasks = (cols - 1) / most + 1;
+  return static_cast<int>(Rounded((cols - 1) / tasks + 1));
+}
+
+// All products at once; finish(product, row, col, cols, y) gets each row, whole or in pieces. Where tasks are few, each
+// takes a block of depth of its own, which lies in one piece of memory.
+template <bool kWholeRows, typename W, typename Finish>
+void StreamAll(Team& team, const std::vector<Few<W>>& products, const Finish& finish) {
+  struct Task {
+    size_t product;
+    int col, cols, k, depth;
+    float* y;  // or none, if the task has all that its columns need
+  };
+  constexpr size_t kManyTasks = 32;
+  size_t tasks_of_columns = 0, floats = 0;
+  for (const Few<W>& each : products) tasks_of_columns += (each.cols - 1) / StreamCols(each.rows, each.cols) + 1;
+  auto blocks_of = [&](const Few<W>& each) {
+    return tasks_of_columns < kManyTasks && each.rows <= kManyRows ? (each.depth - 1) / kBlockDepth + 1 : 1;
+  };
+  auto needs_sums = [&](const Few<W>& each) {
+    return blocks_of(each) > 1 || (kWholeRows && StreamCols(each.rows, each.cols) < each.cols);
+  };
+  for (const Few<W>& each : products)
+    if (needs_sums(each)) floats += static_cast<size_t>(blocks_of(each)) * each.rows * each.cols;
+  Scratch scratch(floats);
+  std::vector<Task> tasks;
+  std::vector<std::pair<size_t, int>> rows;  // whose sums are finished when all tasks are done
+  std::vector<float*> sums;
+  float* y = scratch.get();
+  for (size_t i = 0; i < products.size(); ++i) {
+    const Few<W>& each = products[i];
+    bool kept = needs_sums(each);
+    sums.push_back(y);
+    for (int row = 0; kept && row < each.rows; ++row) rows.push_back({i, row});
+    int deep = blocks_of(each) > 1 ? kBlockDepth : each.depth, wide = StreamCols(each.rows, each.cols);
+    for (int k = 0; k < each.depth; k += deep) {
+      for (int col = 0; col < each.cols; col += wide)
+        tasks.push_back({i, col, std::min(wide, each.cols - col), k, std::min(deep, each.depth - k), kept ? y + col : nullptr});
+      if (kept) y += static_cast<size_t>(each.rows) * each.cols;
+    }
+  }
+  team.Run(tasks.size(), [&](int64_t index) {
+    const Task& task = tasks[index];
+    const Few<W>& each = products[task.product];
+    float* to = task.y ? task.y : Local(static_cast<size_t>(each.rows) * task.cols, 1);
+    Stream(each.x + task.k, each.ldx, each.rows, each.w + task.k * each.ldw + task.col, each.ldw, task.depth,
+           task.cols, to, task.y ? each.cols : task.cols);
+    for (int row = 0; !task.y && row < each.rows; ++row) finish(task.product, row, task.col, task.cols, to + row * task.cols);
+  });
+  // Threads share only what is worth waking them for.
+  size_t at_once = std::max<size_t>(1, rows.size() * (32 << 10) / std::max<size_t>(floats, 1));
+  team.Run((rows.size() + at_once - 1) / at_once, [&](int64_t index) {
+    for (size_t at = index * at_once; at < std::min(rows.size(), (index + 1) * at_once); ++at) {
+      auto [product, row] = rows[at];
+      const Few<W>& each = products[product];
+      float* sum = sums[product] + static_cast<size_t>(row) * each.cols;
+      for (int block = 1; block < blocks_of(each); ++block)
+        Add(sum, sum + static_cast<size_t>(block) * each.rows * each.cols, each.cols);
+      finish(product, row, 0, each.cols, sum);
+    }
+  });
 }
 
 // Rows of one task, so that all have about as many.
@@ -427,8 +518,6 @@ inline int64_t TaskRows(int64_t rows) {
   int64_t chunks = (rows + kChunkRows - 1) / kChunkRows;
   return (rows + chunks - 1) / std::max<int64_t>(chunks, 1);
 }
-
-inline size_t Rounded(size_t cols) { return (cols + kPanel - 1) / kPanel * kPanel; }
 
 // ---------------------------------------------------------------------------------------------------------------------
 
@@ -473,6 +562,19 @@ inline const float* Wide(const Bf16* x, size_t size, std::unique_ptr<Scratch>& s
 template <typename X, typename W>
 void LinearOf(Team& team, const X* x, int64_t rows, int64_t depth, const std::vector<const W*>& weights,
               const std::vector<int64_t>& cols, const std::vector<X*>& outs) {
+  std::unique_ptr<Scratch> wide;
+  const float* input = Wide(x, rows * depth, wide);
+  if (rows <= kStreamRows) {
+    std::vector<Few<W>> products;
+    for (size_t i = 0; i < cols.size(); ++i)
+      products.push_back({input, depth, static_cast<int>(rows), weights[i], cols[i], static_cast<int>(depth),
+                          static_cast<int>(cols[i])});
+    StreamAll<false>(team, products, [&](size_t stack, int row, int col, int count, const float* y) {
+      X* out = outs[stack] + row * cols[stack] + col;
+      for (int c = 0; c < count; ++c) Narrow(y[c], out + c);
+    });
+    return;
+  }
   struct Task {
     int stack, row, col, cols;
   };
@@ -480,17 +582,14 @@ void LinearOf(Team& team, const X* x, int64_t rows, int64_t depth, const std::ve
   int64_t rows_of_task = TaskRows(rows);
   for (int64_t row = 0; row < rows; row += rows_of_task)
     for (size_t i = 0; i < cols.size(); ++i)
-      for (int64_t col = 0, width = TaskCols(cols[i], cols.size(), rows, team.size()); col < cols[i]; col += width)
+      for (int64_t col = 0; col < cols[i]; col += kBlockCols)
         tasks.push_back({static_cast<int>(i), static_cast<int>(row), static_cast<int>(col),
-                         static_cast<int>(std::min<int64_t>(width, cols[i] - col))});
-  std::unique_ptr<Scratch> wide;
-  const float* input = Wide(x, rows * depth, wide);
+                         static_cast<int>(std::min<int64_t>(kBlockCols, cols[i] - col))});
   team.Run(tasks.size(), [&](int64_t index) {
     const Task& task = tasks[index];
     int high = static_cast<int>(std::min(rows_of_task, rows - task.row));
     size_t ldy = Rounded(task.cols);
     float* y = Local(high * ldy, 1);
-    std::memset(y, 0, high * ldy * sizeof(float));
     Multiply(input + task.row * depth, depth, high, weights[task.stack] + task.col, cols[task.stack],
              static_cast<int>(depth), task.cols, y, ldy);
     for (int m = 0; m < high; ++m) {
@@ -555,7 +654,6 @@ void HeadsOf(Team& team, const X* x, int64_t rows, int64_t heads, int64_t depth,
     int high = static_cast<int>(std::min(rows_of_task, rows - row));
     size_t ldy = Rounded(wide_cols);
     float* y = Local(high * ldy, 1);
-    std::memset(y, 0, high * ldy * sizeof(float));
     const float* from = input + (row * heads + head) * depth;
     const W* own = w + head * stack_cols + begin;
     if (!transposed) {
@@ -563,6 +661,7 @@ void HeadsOf(Team& team, const X* x, int64_t rows, int64_t heads, int64_t depth,
     } else {
       float* panels = Local(static_cast<size_t>(kBlockDepth) * kBlockCols, 0);
       Ahead resting{reinterpret_cast<const char*>(own)};
+      std::memset(y, 0, high * ldy * sizeof(float));
       int tile = EvenRows(high);
       for (int k = 0; k < depth; k += kBlockDepth) {
         int deep = static_cast<int>(std::min<int64_t>(kBlockDepth, depth - k));
@@ -655,23 +754,28 @@ void GroupedMlpOf(Team& team, const X* x, int64_t rows, int64_t width, const int
     int64_t slot, row;
     int rows, col, cols;
   };
-  int64_t most = 0, active = 0;
-  for (int64_t slot = 0; slot < num_slots; ++slot) {
-    most = std::max(most, begins[slot + 1] - begins[slot]);
-    active += begins[slot + 1] > begins[slot];
-  }
-  auto make_tasks = [&](int64_t cols, int most_cols) {
+  auto held = [&](int64_t slot) { return begins[slot + 1] - begins[slot]; };
+  auto make_tasks = [&](int64_t cols) {  // of slots with many rows
     std::vector<Task> tasks;
     for (int64_t slot = 0; slot < num_slots; ++slot) {
-      int64_t held = begins[slot + 1] - begins[slot];
-      int of_task = held > kStreamRows ? most_cols : TaskCols(cols, active, held, team.size());
-      int64_t rows_of_task = TaskRows(held);
-      for (int64_t row = 0; row < held; row += rows_of_task)
-        for (int64_t col = 0; col < cols; col += of_task)
-          tasks.push_back({slot, begins[slot] + row, static_cast<int>(std::min(rows_of_task, held - row)),
-                           static_cast<int>(col), static_cast<int>(std::min<int64_t>(of_task, cols - col))});
+      if (held(slot) <= kStreamRows) continue;
+      int64_t rows_of_task = TaskRows(held(slot));
+      for (int64_t row = 0; row < held(slot); row += rows_of_task)
+        for (int64_t col = 0; col < cols; col += kBlockCols)
+          tasks.push_back({slot, begins[slot] + row, static_cast<int>(std::min(rows_of_task, held(slot) - row)),
+                           static_cast<int>(col), static_cast<int>(std::min<int64_t>(kBlockCols, cols - col))});
     }
     return tasks;
+  };
+  std::vector<int64_t> few;  // slots with few rows
+  for (int64_t slot = 0; slot < num_slots; ++slot)
+    if (held(slot) > 0 && held(slot) <= kStreamRows) few.push_back(slot);
+  auto few_rows = [&](const float* from, int64_t depth, const W* stack, int64_t cols) {
+    std::vector<Few<W>> products;
+    for (int64_t slot : few)
+      products.push_back({from + begins[slot] * depth, depth, static_cast<int>(held(slot)), stack + slot * depth * cols,
+                          cols, static_cast<int>(depth), static_cast<int>(cols)});
+    return products;
   };
   Scratch scratch(chosen * (width + inner + width));
   float* gathered = scratch.get();
@@ -691,7 +795,7 @@ void GroupedMlpOf(Team& team, const X* x, int64_t rows, int64_t width, const int
   });
   // What this thread is likely to do next, if all take their turns.
   int turn = team.size();
-  std::vector<Task> into = make_tasks(inner, kBlockCols);
+  std::vector<Task> into = make_tasks(inner);
   auto gate_of = [&](const Task& task) { return gate_up + task.slot * width * 2 * inner + task.col; };
   team.Run(into.size(), [&](int64_t index) {
     const Task& task = into[index];
@@ -700,15 +804,10 @@ void GroupedMlpOf(Team& team, const X* x, int64_t rows, int64_t width, const int
     size_t ldy = Rounded(task.cols);
     float* y = Local(2 * task.rows * ldy, 1);
     float* up = y + task.rows * ldy;
-    std::memset(y, 0, 2 * task.rows * ldy * sizeof(float));
     const float* from = gathered + task.row * width;
     int depth = static_cast<int>(width);
-    if (task.rows <= kStreamRows) {
-      Stream(from, width, task.rows, gate, 2 * inner, depth, task.cols, y, ldy, inner, up);
-    } else {
-      Multiply(from, width, task.rows, gate, 2 * inner, depth, task.cols, y, ldy, gate + inner);
-      Multiply(from, width, task.rows, gate + inner, 2 * inner, depth, task.cols, up, ldy, next);
-    }
+    Multiply(from, width, task.rows, gate, 2 * inner, depth, task.cols, y, ldy, gate + inner);
+    Multiply(from, width, task.rows, gate + inner, 2 * inner, depth, task.cols, up, ldy, next);
     if (gate_up_scale) {
       const float* scale = gate_up_scale + task.slot * 2 * inner + task.col;
       Scale(y, ldy, task.rows, task.cols, scale);
@@ -719,19 +818,28 @@ void GroupedMlpOf(Team& team, const X* x, int64_t rows, int64_t width, const int
       Gate(activation, y + m * ldy, up + m * ldy, task.cols, to);
     }
   });
-  std::vector<Task> out_of = make_tasks(width, kBlockCols);
+  StreamAll<true>(team, few_rows(gathered, width, gate_up, 2 * inner), [&](size_t index, int row, int, int, float* y) {
+    int64_t slot = few[index];
+    if (gate_up_scale) Scale(y, 0, 1, 2 * inner, gate_up_scale + slot * 2 * inner);
+    Gate(activation, y, y + inner, inner, hidden + (begins[slot] + row) * inner);
+  });
+  std::vector<Task> out_of = make_tasks(width);
   auto down_of = [&](const Task& task) { return down + task.slot * inner * width + task.col; };
   team.Run(out_of.size(), [&](int64_t index) {
     const Task& task = out_of[index];
     const W* next = index + turn < static_cast<int64_t>(out_of.size()) ? down_of(out_of[index + turn]) : nullptr;
     size_t ldy = Rounded(task.cols);
     float* y = Local(task.rows * ldy, 1);
-    std::memset(y, 0, task.rows * ldy * sizeof(float));
     Multiply(hidden + task.row * inner, inner, task.rows, down_of(task), width, static_cast<int>(inner), task.cols, y,
              ldy, next);
     if (down_scale) Scale(y, ldy, task.rows, task.cols, down_scale + task.slot * width + task.col);
     for (int m = 0; m < task.rows; ++m)
       std::memcpy(products + (task.row + m) * width + task.col, y + m * ldy, task.cols * sizeof(float));
+  });
+  StreamAll<false>(team, few_rows(hidden, inner, down, width), [&](size_t index, int row, int col, int cols, float* y) {
+    int64_t slot = few[index];
+    if (down_scale) Scale(y, 0, 1, cols, down_scale + slot * width + col);
+    std::memcpy(products + (begins[slot] + row) * width + col, y, cols * sizeof(float));
   });
   team.Run((rows + kRowsAtOnce - 1) / kRowsAtOnce, [&](int64_t task) {
     float* sum = Local(width, 1);
@@ -786,7 +894,7 @@ struct Paged {
   }
 };
 
-// Where attention finds the key and value of a token, for one key-value head of one sequence.
+// Where attention finds the key and value of a token, for key-value heads of one sequence, side by side.
 template <typename X>
 struct PagedSource {
   const Paged& paged;
@@ -797,11 +905,10 @@ struct PagedSource {
   int64_t value_stride, value_dim;
   bool shared;  // values are the first numbers of their keys
 
-  void operator()(int64_t at, float* key, float* value) const {
+  void operator()(int64_t at, int head, float* key, float* value) const {
     int64_t token = paged.Place(sequence, at);
-    const X* from = keys + token * key_stride;
-    Copy(from, key_dim, key);
-    if (!shared) Copy(values + token * value_stride, value_dim, value);
+    Copy(keys + token * key_stride + head * key_dim, key_dim, key);
+    if (!shared) Copy(values + token * value_stride + head * value_dim, value_dim, value);
   }
 };
 
@@ -816,8 +923,8 @@ struct LatentSource {
   int64_t entry_stride, rope_dim;
   bool shared;
 
-  void operator()(int64_t at, float* key, float* value) const {
-    const float* from = made + at * made_stride;
+  void operator()(int64_t at, int head, float* key, float* value) const {
+    const float* from = made + at * made_stride + head * (nope_dim + value_dim);
     std::memcpy(key, from, nope_dim * sizeof(float));
     std::memcpy(value, from + nope_dim, value_dim * sizeof(float));
     const X* entry = rotated + paged.Place(sequence, at) * entry_stride;
@@ -825,29 +932,25 @@ struct LatentSource {
   }
 };
 
-// One group of queries [tokens * group] of a sequence and key-value head against the keys that each sees.
+// Queries [tokens * group] of a sequence and of each of some key-value heads, against the keys that each sees. Of several
+// heads a token's keys are read together, as they lie.
 template <typename X, typename Source>
-void AttendTask(const X* query, int64_t heads, int64_t head_dim, int64_t value_dim, int group, int tokens,
-                const int32_t* positions, const Source& source, int32_t first, float scale, Span span,
-                int64_t span_size, X* out) {
+void AttendTask(const X* query, int64_t heads, int64_t head_dim, int64_t value_dim, int kv_heads, int group,
+                int tokens, const int32_t* positions, const Source& source, int32_t first, float scale,
+                Span span, int64_t span_size, X* out) {
   int queries = tokens * group;
   int cols = queries <= kLanes ? kLanes : queries <= kPair ? kPair : (queries + kPanel - 1) / kPanel * kPanel;
   int panel = std::min(cols, kPanel), panels = cols / panel, vecs = panel / kLanes;
   // By panels: queries [panels, d, panel], sums [panels, dv, panel], scores [panels, kKeyBlock, panel].
-  int64_t block_floats = static_cast<int64_t>(kKeyBlock) * (head_dim + value_dim);
-  float* transposed = Local((head_dim + value_dim + kKeyBlock + 2) * cols + block_floats, 1);
-  float* sums = transposed + head_dim * cols;
-  float* scores = sums + value_dim * cols;
-  float* largest = scores + kKeyBlock * cols;
-  float* total = largest + cols;
-  float* key_block = total + cols;
-  float* value_block = key_block + kKeyBlock * head_dim;
+  int64_t key_floats = static_cast<int64_t>(kKeyBlock) * head_dim, value_floats = kKeyBlock * value_dim;
+  int64_t held = (head_dim + value_dim + 2) * cols;  // of a head, beside its block
+  float* scores = Local(kKeyBlock * cols + kv_heads * (held + key_floats + value_floats), 1);
+  float* of_heads = scores + kKeyBlock * cols;
+  float* key_blocks = of_heads + kv_heads * held;
+  float* value_blocks = key_blocks + kv_heads * key_floats;
   int32_t low[kQueryCols + kPanel], high[kQueryCols + kPanel];
-  std::memset(sums, 0, value_dim * cols * sizeof(float));
   int32_t from = INT32_MAX, to = -1, all_from = -1, all_to = INT32_MAX;
   for (int q = 0; q < cols; ++q) {
-    largest[q] = -1e30f;
-    total[q] = 0.0f;
     int32_t position = q < queries ? positions[q / group] : -1;
     low[q] = INT32_MAX;
     high[q] = -1;
@@ -861,20 +964,38 @@ void AttendTask(const X* query, int64_t heads, int64_t head_dim, int64_t value_d
     }
     all_from = std::max(all_from, low[q]);
     all_to = std::min(all_to, high[q]);
-    float* column = transposed + q / panel * head_dim * panel + q % panel;
-    const X* row = query + q / group * heads * head_dim + q % group * head_dim;
-    for (int64_t i = 0; i < head_dim; ++i) column[i * panel] = q < queries ? Widen(row[i]) * scale : 0.0f;
+  }
+  for (int head = 0; head < kv_heads; ++head) {
+    float* transposed = of_heads + head * held;
+    float* sums = transposed + head_dim * cols;
+    std::memset(sums, 0, value_dim * cols * sizeof(float));
+    std::fill_n(sums + value_dim * cols, cols, -1e30f);      // largest
+    std::fill_n(sums + (value_dim + 1) * cols, cols, 0.0f);  // total
+    for (int q = 0; q < cols; ++q) {
+      float* column = transposed + q / panel * head_dim * panel + q % panel;
+      const X* row = query + (q / group * heads + head * group + q % group) * head_dim;
+      for (int64_t i = 0; i < head_dim; ++i) column[i * panel] = q < queries ? Widen(row[i]) * scale : 0.0f;
+    }
   }
   for (int32_t begin = from / kKeyBlock * kKeyBlock; begin <= to; begin += kKeyBlock) {
     int32_t start = std::max(begin, first), stop = std::min(begin + kKeyBlock, to + 1);
     int count = stop - start;
     if (count <= 0) continue;
-    for (int i = 0; i < count; ++i) source(start - first + i, key_block + i * head_dim, value_block + i * value_dim);
-    const float* block = source.shared ? key_block : value_block;
+    for (int i = 0; i < count; ++i)
+      for (int head = 0; head < kv_heads; ++head)
+        source(start - first + i, head, key_blocks + head * key_floats + i * head_dim,
+               value_blocks + head * value_floats + i * value_dim);
     int64_t block_stride = source.shared ? head_dim : value_dim;
     bool masks = start < all_from || stop - 1 > all_to;
     int key_rows = EvenRows(count, vecs), value_rows = EvenRows(static_cast<int>(value_dim), vecs);
-    for (int p = 0; p < panels; ++p) {
+    for (int part = 0; part < kv_heads * panels; ++part) {
+      int head = part / panels, p = part % panels;
+      const float* transposed = of_heads + head * held;
+      float* sums = of_heads + head * held + head_dim * cols;
+      float* largest = sums + value_dim * cols;
+      float* total = largest + cols;
+      const float* key_block = key_blocks + head * key_floats;
+      const float* block = source.shared ? key_block : value_blocks + head * value_floats;
       float* of_panel = scores + static_cast<ptrdiff_t>(p) * kKeyBlock * panel;
       const float* of_queries = transposed + p * head_dim * panel;
       for (int i = 0; i < count; i += key_rows) {
@@ -922,11 +1043,15 @@ void AttendTask(const X* query, int64_t heads, int64_t head_dim, int64_t value_d
       }
     }
   }
-  for (int q = 0; q < queries; ++q) {
-    X* row = out + q / group * heads * value_dim + q % group * value_dim;
-    const float* column = sums + q / panel * value_dim * panel + q % panel;
-    float share = total[q] > 0.0f ? 1.0f / total[q] : 0.0f;
-    for (int64_t i = 0; i < value_dim; ++i) Narrow(column[i * panel] * share, row + i);
+  for (int head = 0; head < kv_heads; ++head) {
+    const float* sums = of_heads + head * held + head_dim * cols;
+    const float* total = sums + (value_dim + 1) * cols;
+    for (int q = 0; q < queries; ++q) {
+      X* row = out + (q / group * heads + head * group + q % group) * value_dim;
+      const float* column = sums + q / panel * value_dim * panel + q % panel;
+      float share = total[q] > 0.0f ? 1.0f / total[q] : 0.0f;
+      for (int64_t i = 0; i < value_dim; ++i) Narrow(column[i * panel] * share, row + i);
+    }
   }
 }
 
@@ -940,15 +1065,22 @@ void AttendOf(Team& team, const X* query, ffi::AnyBuffer::Dimensions shape, cons
   while (group % together) --together;
   int64_t at_once = std::max<int64_t>(1, kQueryCols / together);
   int64_t tiles = (tokens + at_once - 1) / at_once, parts = heads / together;
+  // With few queries it is keys that take the time: heads stay together as long as all threads have something to do.
+  int64_t kv_together = 1;
+  if (tokens * group <= kLanes) {
+    for (kv_together = kv_heads; kv_heads % kv_together || batch * kv_heads / kv_together < std::min<int64_t>(
+             4 * team.size(), batch * kv_heads);) --kv_together;
+    parts = kv_heads / kv_together;
+  }
   team.Run(batch * parts * tiles, [&](int64_t task) {
     // The last queries see most keys: they go first, so that no thread is left with a long one.
     int64_t tile = tiles - 1 - task / (batch * parts), part = task % parts, sequence = task / parts % batch;
-    int64_t token = tile * at_once, head = part * together;
+    int64_t token = tile * at_once, head = part * together * kv_together;
     int count = static_cast<int>(std::min(at_once, tokens - token));
     int64_t row = (sequence * tokens + token) * heads + head;
-    AttendTask<X>(query + row * key_dim, heads, key_dim, value_dim, together, count,
-                  positions + sequence * tokens + token, make_source(sequence, head / group), first[sequence], scale,
-                  span, span_size, out + row * value_dim);
+    AttendTask<X>(query + row * key_dim, heads, key_dim, value_dim, kv_together, together, count,
+                  positions + sequence * tokens + token, make_source(sequence, head / group), first[sequence],
+                  scale, span, span_size, out + row * value_dim);
   });
 }
 
@@ -1026,7 +1158,6 @@ ffi::Error AttendLatent(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuff
         int wide = static_cast<int>(std::min<int64_t>(kBlockCols, cols - task.col));
         float* y = Local(high * (kBlockCols + rank), 1);
         float* latents = y + high * kBlockCols;
-        std::memset(y, 0, high * kBlockCols * sizeof(float));
         for (int i = 0; i < high; ++i) {
           const X* entry = cache + paged.Place(task.sequence, task.row + i) * width;
           for (int64_t j = 0; j < rank; ++j) latents[i * rank + j] = Widen(entry[j]);

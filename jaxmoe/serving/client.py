@@ -10,7 +10,7 @@ from smg_grpc_proto.generated import common_pb2
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from smg_grpc_proto.generated.vllm_engine_pb2_grpc import VllmEngineStub
 
-from jaxmoe.engine.request import SamplingParams
+from jaxmoe.engine.request import Constraint, SamplingParams
 from jaxmoe.errors import DuplicateRequestError, InvalidRequestError, JaxmoeError, QueueFullError, UnavailableError
 from jaxmoe.serving.tokenization import AnswerText, Delta, Tokenizer, unpack_files
 
@@ -60,34 +60,27 @@ class Client:
             return Tokenizer(unpack_files(b"".join(chunk.data for chunk in chunks)))
 
     def generate(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None, stop: Sequence[str] = ()
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        stop: Sequence[str] = (),
+        *,
+        include_stop: bool = False,
     ) -> Iterator[Delta]:
-        """Streams the answer to a text or to tokens; closing the iterator cancels it. Stop strings are not shown.
+        """Streams the answer to a text or to tokens; closing the iterator cancels it.
 
+        A stop string is shown only with `include_stop`. It brings one sample and no log-probabilities.
         A server without a tokenizer answers tokens with tokens: the text of each Delta is empty.
         """
         params = params or SamplingParams()
         if params.seed is not None and params.seed not in _INT32:
             raise InvalidRequestError(f"seed={params.seed} does not fit 32 bits, signed", "seed")
-        request = pb.GenerateRequest(
-            stream=True,
-            sampling_params=pb.SamplingParams(
-                temperature=params.temperature,
-                top_k=params.top_k,
-                top_p=params.top_p,
-                seed=params.seed,
-                max_tokens=params.max_tokens,
-                stop=stop,
-                stop_token_ids=params.stop_token_ids,
-                ignore_eos=params.ignore_eos,
-                skip_special_tokens=True,
-            ),
-        )
+        request = pb.GenerateRequest(stream=True, sampling_params=_sampling_params(params, stop))
         if isinstance(prompt, str):
             request.text = prompt
         else:
             request.tokenized.input_ids.extend(prompt)
-        text = self._answer_text(prompt, stop)
+        text = self._answer_text(prompt, stop, include_stop, params.min_tokens)
         with self._errors():
             call = self._stub.Generate(request)
             try:
@@ -102,9 +95,11 @@ class Client:
             finally:
                 call.cancel()
 
-    def _answer_text(self, prompt: str | Sequence[int], stop: Sequence[str]) -> AnswerText | None:
+    def _answer_text(
+        self, prompt: str | Sequence[int], stop: Sequence[str], include_stop: bool, min_tokens: int
+    ) -> AnswerText | None:
         try:
-            return AnswerText(self.tokenizer, stop)
+            return AnswerText(self.tokenizer, stop, include_stop=include_stop, min_tokens=min_tokens)
         except JaxmoeError:
             if isinstance(prompt, str) or stop:
                 raise
@@ -116,6 +111,38 @@ class Client:
             yield
         except grpc.RpcError as error:
             raise _as_jaxmoe_error(error, self._address) from error
+
+
+def _sampling_params(params: SamplingParams, stop: Sequence[str]) -> pb.SamplingParams:
+    if params.n != 1 or params.logprobs or params.prompt_logprobs is not None:
+        raise InvalidRequestError(
+            "this client brings one answer without log-probabilities; ask the service for more", "n"
+        )
+    message = pb.SamplingParams(
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        frequency_penalty=params.frequency_penalty,
+        presence_penalty=params.presence_penalty,
+        logit_bias=params.logit_bias,
+        seed=params.seed,
+        min_tokens=params.min_tokens,
+        max_tokens=params.max_tokens,
+        stop=stop,
+        stop_token_ids=params.stop_token_ids,
+        ignore_eos=params.ignore_eos,
+        skip_special_tokens=True,
+    )
+    match params.constraint:
+        case Constraint("json_object"):
+            message.json_object = True
+        case Constraint("choice"):
+            message.choice.choices.extend(params.constraint.choices)
+        case Constraint():
+            setattr(message, params.constraint.kind, params.constraint.text)
+    return message
 
 
 def _as_jaxmoe_error(error: grpc.RpcError, address: str) -> JaxmoeError:

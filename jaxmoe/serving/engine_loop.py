@@ -41,7 +41,7 @@ class EngineLike(Protocol):
     @property
     def has_work(self) -> bool: ...
     def submit(self, request: Request) -> None: ...
-    def cancel(self, request_id: str) -> bool: ...
+    def cancel(self, request_id: str, index: int | None = None) -> bool: ...
     def step(self) -> list[Output]: ...
     def loads(self) -> Iterable[EngineRankLoad]: ...
 
@@ -61,9 +61,9 @@ def serve_engine(engine: EngineLike, link: EngineLink, *, on_serving: Callable[[
                     case Submit(request):
                         if rejected := _submit(engine, request):
                             link.send(rejected)
-                    case Cancel(ids):
+                    case Cancel(ids, index):
                         for request_id in ids:
-                            engine.cancel(request_id)
+                            engine.cancel(request_id, index)
                     case AskLoads():
                         link.send(_loads(engine))
                     case Serving():

@@ -85,7 +85,10 @@ class Submit(Frame):
 
 
 class Cancel(Frame):
+    """index: of the only sample to end; None ends all."""
+
     ids: list[str]
+    index: int | None = None
 
 
 class AskLoads(Frame):

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from jaxmoe.engine.request import Output, Request, SamplingParams
+from jaxmoe.engine.request import Output, PromptLogprobs, Request, SamplingParams, TopLogprobs
 from jaxmoe.errors import (
     CheckpointError,
     DuplicateRequestError,
@@ -36,7 +36,7 @@ from jaxmoe.serving.link import (
     Submit,
     ToFrontend,
 )
-from jaxmoe.serving.tokenization import Detokenizer, StopStrings, Tokenizer, read_files
+from jaxmoe.serving.tokenization import AnswerText, Tokenizer, read_files
 
 logger = logging.getLogger(__name__)
 
@@ -68,18 +68,53 @@ class Finish(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """The tokens that came since the last piece. finish: set on the last one."""
+    """What came of one sample since its last piece; see `jaxmoe.engine.request.Output`. finish: set on the last one."""
 
+    sample: int
     token_ids: list[int]
     logprobs: list[float]
+    top_logprobs: list[TopLogprobs]
+    prompt_logprobs: PromptLogprobs | None
     finish: Finish | None
+
+
+class Sample:
+    """What came of one sample of an answer and has not been read. answer: finds stop strings, if there are any."""
+
+    def __init__(self, answer: AnswerText | None) -> None:
+        self._answer = answer
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.top: list[TopLogprobs] = []
+        self.prompt: PromptLogprobs | None = None
+        self.finish: Finish | None = None
+
+    def push(self, output: Output) -> None:
+        count = len(output.token_ids)
+        if output.finish_reason is not None:
+            self.finish = Finish(output.finish_reason, output.stop_token)
+        if self._answer is not None:
+            for n, token in enumerate(output.token_ids, 1):
+                self._answer.push([token])
+                if self._answer.stopped:
+                    count, self.finish = n, Finish("stop", stop_string=self._answer.stop_string)
+                    break
+        self.tokens += output.token_ids[:count]
+        self.logprobs += output.logprobs[:count]
+        self.top += output.top_logprobs[:count]
+        if output.prompt_logprobs is not None:
+            self.prompt = output.prompt_logprobs
+
+    def take(self, index: int) -> Piece:
+        piece = Piece(index, self.tokens, self.logprobs, self.top, self.prompt, self.finish)
+        self.tokens, self.logprobs, self.top, self.prompt = [], [], [], None
+        return piece
 
 
 class Stream:
     """One request's tokens on their way to its reader.
 
-    stop: strings that end it, with the token that completes the first of them; `detokenizer` makes the text they are
-        looked for in.
+    answers: one for each sample. Stop strings end it, with the token that completes the first of them.
     max_backlog: fails with SlowReaderError once more tokens than this wait to be read; None for no limit.
     """
 
@@ -88,50 +123,47 @@ class Stream:
         request_id: str,
         key: str,
         *,
-        stop: Sequence[str] = (),
-        detokenizer: Detokenizer | None = None,
+        answers: Sequence[AnswerText | None] = (None,),
         max_backlog: int | None = None,
     ) -> None:
         self.request_id = request_id
         self.key = key  # its name at the engine
-        self._stops = StopStrings(stop)
-        self._detokenizer = detokenizer if stop else None
+        self._samples = [Sample(answer) for answer in answers]
+        self._unread: dict[int, None] = {}  # samples of which something waits to be read, in order
         self._max_backlog = max_backlog
-        self._tokens: list[int] = []
-        self._logprobs: list[float] = []
-        self._finish: Finish | None = None
         self._error: Exception | None = None
         self._news = asyncio.Event()
 
     @property
-    def ended(self) -> bool:
-        return self._finish is not None or self._error is not None
+    def finished(self) -> bool:
+        """All samples have come to their ends."""
+        return all(sample.finish is not None for sample in self._samples)
 
-    def push(self, output: Output) -> None:
-        if self.ended:
-            return
-        count, finish = len(output.token_ids), None
-        if output.finish_reason is not None:
-            finish = Finish(output.finish_reason, output.stop_token)
-        if self._detokenizer is not None:
-            for n, token in enumerate(output.token_ids, 1):
-                self._stops.push(self._detokenizer.push(token))
-                if self._stops.matched is not None:
-                    count, finish = n, Finish("stop", stop_string=self._stops.matched)
-                    break
-        self._tokens += output.token_ids[:count]
-        self._logprobs += output.logprobs[:count]
-        self._finish = finish
-        if self._max_backlog is not None and len(self._tokens) > self._max_backlog:
+    @property
+    def ended(self) -> bool:
+        return self._error is not None or self.finished
+
+    def push(self, output: Output) -> bool:
+        """Whether this ends the sample although the engine would go on with it."""
+        sample = self._samples[output.index]
+        if self._error is not None or sample.finish is not None:
+            return False
+        sample.push(output)
+        self._unread[output.index] = None
+        waiting = sum(len(each.tokens) for each in self._samples)
+        if self._max_backlog is not None and waiting > self._max_backlog:
             self._error = SlowReaderError(
-                f"{len(self._tokens)} tokens of this stream wait to be read; read faster, or do not stream"
+                f"{waiting} tokens of this stream wait to be read; read faster, or do not stream"
             )
         self._news.set()
+        return sample.finish is not None and output.finish_reason is None
 
     def abort(self) -> None:
-        if not self.ended:
-            self._finish = Finish("abort")
-            self._news.set()
+        for index, sample in enumerate(self._samples):
+            if sample.finish is None:
+                sample.finish = Finish("abort")
+                self._unread[index] = None
+        self._news.set()
 
     def fail(self, error: Exception) -> None:
         if not self.ended:
@@ -140,14 +172,14 @@ class Stream:
 
     async def read(self) -> Piece:
         """Waits until something has come. Raises the error that ended the stream, if one did."""
-        while not self._tokens and not self.ended:
+        while not self._unread and self._error is None:
             self._news.clear()
             await self._news.wait()
         if self._error is not None:
             raise self._error
-        piece = Piece(self._tokens, self._logprobs, self._finish)
-        self._tokens, self._logprobs = [], []
-        return piece
+        index = next(iter(self._unread))
+        del self._unread[index]
+        return self._samples[index].take(index)
 
 
 class RemoteEngine:
@@ -196,7 +228,7 @@ class RemoteEngine:
 
     @contextlib.contextmanager
     def open(
-        self, request_id: str, *, streams: bool, stop: Sequence[str] = (), detokenizer: Detokenizer | None = None
+        self, request_id: str, *, streams: bool, answers: Sequence[AnswerText | None] = (None,)
     ) -> Iterator[Stream]:
         """A stream for a request to come, whose id is taken until the end of the block; by then the engine has left it.
 
@@ -211,7 +243,7 @@ class RemoteEngine:
         if self.info.max_running and len(self._live) >= self.info.max_running + self.info.max_queue:
             raise QueueFullError(f"{self.info.max_queue} requests wait already (max_queue); try again later")
         max_backlog = self._max_backlog if streams else None
-        stream = Stream(request_id, str(next(self._keys)), stop=stop, detokenizer=detokenizer, max_backlog=max_backlog)
+        stream = Stream(request_id, str(next(self._keys)), answers=answers, max_backlog=max_backlog)
         self._open[request_id] = stream
         self._idle.clear()
         try:
@@ -305,11 +337,17 @@ class RemoteEngine:
             stream = self._live.get(output.request_id)
             if stream is None:  # withdrawn; the engine did not know yet
                 continue
-            stream.push(output)
-            if output.finish_reason is not None:
+            stopped_early = False
+            if output.finish_reason == "error":
+                stream.fail(EngineFailedError(output.error))
+            else:
+                stopped_early = stream.push(output)
+            if stream.finished and output.finish_reason is not None:
                 del self._live[output.request_id]
             elif stream.ended:
                 stopped.append(stream)
+            elif stopped_early:
+                self.link.send(Cancel([stream.key], output.index))
         self._withdraw(stopped)
 
     def _withdraw(self, streams: Iterable[Stream]) -> None:

@@ -14,16 +14,17 @@ from typing import Any, NoReturn
 import grpc
 from google.protobuf import duration_pb2
 from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
 from google.rpc import error_details_pb2, status_pb2
 from smg_grpc_proto.generated import common_pb2
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from smg_grpc_proto.generated.vllm_engine_pb2_grpc import VllmEngineServicer
 
-from jaxmoe.engine.request import SamplingParams
+from jaxmoe.engine.request import Constraint, SamplingParams, TopLogprobs
 from jaxmoe.errors import DuplicateRequestError, InvalidRequestError, QueueFullError, UnavailableError
 from jaxmoe.serving.link import ModelInfo
-from jaxmoe.serving.remote_engine import EngineFailedError, Finish, Phase, RemoteEngine, SlowReaderError, Stream
-from jaxmoe.serving.tokenization import Detokenizer, pack_files
+from jaxmoe.serving.remote_engine import EngineFailedError, Finish, Phase, Piece, RemoteEngine, SlowReaderError, Stream
+from jaxmoe.serving.tokenization import AnswerText, pack_files
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ SERVICE = pb.DESCRIPTOR.services_by_name["VllmEngine"].full_name
 _MAX_REQUEST_ID = 512
 _MAX_STOPS = 32
 _MAX_STOP_LENGTH = 512
+_MAX_CONSTRAINT = 1 << 18
 _TOKENIZER_CHUNK = 1 << 20
 
 _STATUS: dict[type[Exception], grpc.StatusCode] = {
@@ -49,25 +51,35 @@ _HONOURED = frozenset(
         "temperature",
         "top_p",
         "top_k",
+        "min_p",
+        "frequency_penalty",
+        "presence_penalty",
+        "repetition_penalty",
         "max_tokens",
+        "min_tokens",
         "stop",
         "stop_token_ids",
         "ignore_eos",
+        "n",
         "logprobs",
+        "prompt_logprobs",
         "seed",
+        "logit_bias",
         "truncate_prompt_tokens",
+        "json_schema",
+        "regex",
+        "grammar",
+        "structural_tag",
+        "json_object",
+        "choice",
+        "grammar_from_first_token",  # as all grammars do here
     }
 )
 # These concern the text the client makes of the tokens; the first also the text in which stop strings are looked for.
 _LEFT_TO_CLIENT = frozenset(("skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output"))
 _REQUEST_FIELDS = frozenset(("request_id", "tokenized", "text", "sampling_params", "stream", "data_parallel_rank"))
 # Values beside the default that ask for nothing.
-_OFF: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "repetition_penalty": (1.0,),
-    "json_object": (False,),
-    "kv_transfer_params_json": ("", "{}"),
-}
+_OFF: dict[str, tuple[Any, ...]] = {"kv_transfer_params_json": ("", "{}")}
 _ENGINE_FIELDS = {"prompt": "input", "rank": "data_parallel_rank"}
 INVALID = "jaxmoe-invalid"  # initial metadata of answers that are no model's
 
@@ -128,6 +140,7 @@ class Servicer(VllmEngineServicer):
             block_size=info.page_size,
             model_dtype=info.dtype,
             max_num_seqs=info.max_running,
+            constrained_decoding_start="first_token",
         )
 
     async def GetLoads(self, request: pb.GetLoadsRequest, context: grpc.aio.ServicerContext) -> pb.GetLoadsResponse:
@@ -193,12 +206,9 @@ class Servicer(VllmEngineServicer):
         engine, info, asked = self._engine, self._engine.info, request.sampling_params
         _check_fields(request, info)
         params = _sampling_params(asked, info)
-        stop = self._stop_strings(asked)
-        detokenizer = None
-        if stop and engine.tokenizer is not None:
-            detokenizer = Detokenizer(engine.tokenizer, skip_special_tokens=asked.skip_special_tokens)
+        answers = self._answers(asked, params)
         request_id = request.request_id or str(uuid.uuid4())
-        with engine.open(request_id, streams=request.stream, stop=stop, detokenizer=detokenizer) as stream:
+        with engine.open(request_id, streams=request.stream, answers=answers) as stream:
             prompt = await self._prompt(request, info)
             left = context.time_remaining()
             if left is not None and left <= 0:
@@ -208,7 +218,7 @@ class Servicer(VllmEngineServicer):
             if info.invalid:
                 await context.send_initial_metadata(((INVALID, info.invalid),))
             send = _send_stream if request.stream else _send_whole
-            await send(stream, context, len(prompt), logprobs=asked.HasField("logprobs"))
+            await send(stream, context, prompt, params, logprobs=asked.HasField("logprobs"))
 
     async def _prompt(self, request: pb.GenerateRequest, info: ModelInfo) -> Sequence[int]:
         if request.WhichOneof("input") == "text":
@@ -242,8 +252,9 @@ class Servicer(VllmEngineServicer):
             raise _too_long(f"at least {len(text) // tokenizer.longest_token}", info, "text")
         return tokenizer.encode(text)
 
-    def _stop_strings(self, asked: pb.SamplingParams) -> Sequence[str]:
-        field = "stop"
+    def _answers(self, asked: pb.SamplingParams, params: SamplingParams) -> list[AnswerText | None]:
+        """What looks for stop strings, if there are any, in each sample."""
+        field, tokenizer = "stop", self._engine.tokenizer
         if len(asked.stop) > _MAX_STOPS:
             raise InvalidRequestError(f"{len(asked.stop)} stop strings; send at most {_MAX_STOPS}", field)
         for stop in asked.stop:
@@ -251,11 +262,17 @@ class Servicer(VllmEngineServicer):
                 raise InvalidRequestError(
                     f"a stop string of {len(stop)} characters; send 1 to {_MAX_STOP_LENGTH} characters", field
                 )
-        if asked.stop and self._engine.tokenizer is None:
+        if not asked.stop:
+            return [None] * params.n
+        if tokenizer is None:
             raise InvalidRequestError(
                 f"stop strings need a tokenizer ({self._engine.tokenizer_problem}); send stop_token_ids", field
             )
-        return tuple(asked.stop)
+        special = asked.skip_special_tokens
+        return [
+            AnswerText(tokenizer, asked.stop, min_tokens=params.min_tokens, skip_special_tokens=special)
+            for _ in range(params.n)
+        ]
 
     async def _info(self, context: grpc.aio.ServicerContext) -> ModelInfo:
         try:
@@ -265,48 +282,85 @@ class Servicer(VllmEngineServicer):
 
 
 async def _send_stream(
-    stream: Stream, context: grpc.aio.ServicerContext, prompt_tokens: int, *, logprobs: bool
+    stream: Stream,
+    context: grpc.aio.ServicerContext,
+    prompt: Sequence[int],
+    params: SamplingParams,
+    *,
+    logprobs: bool,
 ) -> None:
     """What has come since the last write goes out together: one chunk a step, more tokens a chunk for a slow reader."""
-    total = 0
-    finish = None
-    while finish is None:
+    totals, left = [0] * params.n, params.n
+    while left:
         piece = await stream.read()
-        finish = piece.finish
-        if not piece.token_ids:
-            continue
-        total += len(piece.token_ids)
-        chunk = pb.GenerateStreamChunk(
-            token_ids=piece.token_ids, prompt_tokens=prompt_tokens, completion_tokens=len(piece.token_ids)
-        )
-        if logprobs:
-            chunk.output_logprobs.MergeFrom(_logprobs(piece.token_ids, piece.logprobs))
-        await context.write(pb.GenerateResponse(chunk=chunk))
-    await context.write(pb.GenerateResponse(complete=_complete(finish, prompt_tokens, total)))
+        if piece.token_ids:
+            totals[piece.sample] += len(piece.token_ids)
+            chunk = pb.GenerateStreamChunk(
+                token_ids=piece.token_ids,
+                prompt_tokens=len(prompt),
+                completion_tokens=len(piece.token_ids),
+                index=piece.sample,
+            )
+            _add_logprobs(chunk, piece, prompt, params, logprobs=logprobs)
+            await context.write(pb.GenerateResponse(chunk=chunk))
+        if piece.finish is not None:
+            left -= 1
+            complete = _complete(piece.finish, piece.sample, len(prompt), totals[piece.sample])
+            await context.write(pb.GenerateResponse(complete=complete))
 
 
-async def _send_whole(stream: Stream, context: grpc.aio.ServicerContext, prompt_tokens: int, *, logprobs: bool) -> None:
-    tokens: list[int] = []
-    values: list[float] = []
-    finish = None
-    while finish is None:
+async def _send_whole(
+    stream: Stream,
+    context: grpc.aio.ServicerContext,
+    prompt: Sequence[int],
+    params: SamplingParams,
+    *,
+    logprobs: bool,
+) -> None:
+    wholes: dict[int, pb.GenerateComplete] = {}
+    left = params.n
+    while left:
         piece = await stream.read()
-        tokens += piece.token_ids
-        values += piece.logprobs
-        finish = piece.finish
-    complete = _complete(finish, prompt_tokens, len(tokens))
-    complete.output_ids.extend(tokens)
-    if logprobs:
-        complete.output_logprobs.MergeFrom(_logprobs(tokens, values))
-    await context.write(pb.GenerateResponse(complete=complete))
+        whole = wholes.setdefault(piece.sample, pb.GenerateComplete())
+        whole.output_ids.extend(piece.token_ids)
+        _add_logprobs(whole, piece, prompt, params, logprobs=logprobs)
+        if piece.finish is not None:
+            left -= 1
+            whole.MergeFrom(_complete(piece.finish, piece.sample, len(prompt), len(whole.output_ids)))
+            await context.write(pb.GenerateResponse(complete=whole))
 
 
-def _logprobs(token_ids: Sequence[int], values: Sequence[float]) -> pb.OutputLogProbs:
-    return pb.OutputLogProbs(token_ids=token_ids, token_logprobs=values)
+def _add_logprobs(
+    message: pb.GenerateStreamChunk | pb.GenerateComplete,
+    piece: Piece,
+    prompt: Sequence[int],
+    params: SamplingParams,
+    *,
+    logprobs: bool,
+) -> None:
+    """Appends the piece's log-probabilities, and with the first token those of the prompt, as far as asked for."""
+    if logprobs and piece.token_ids:
+        told = message.output_logprobs
+        told.token_ids.extend(piece.token_ids)
+        told.token_logprobs.extend(piece.logprobs)
+        told.top_logprobs.extend(map(_top, piece.top_logprobs))
+    if piece.prompt_logprobs is not None:
+        of_prompt = message.input_logprobs
+        of_prompt.token_ids.extend(prompt)
+        of_prompt.token_logprobs.add()  # nothing is before the first token
+        of_prompt.token_logprobs.extend(pb.InputTokenLogProb(value=value) for value, _ in piece.prompt_logprobs)
+        if params.prompt_logprobs:
+            of_prompt.top_logprobs.add()
+            of_prompt.top_logprobs.extend(_top(top) for _, top in piece.prompt_logprobs)
 
 
-def _complete(finish: Finish, prompt_tokens: int, completion_tokens: int) -> pb.GenerateComplete:
+def _top(top: TopLogprobs) -> pb.TopLogProbs:
+    return pb.TopLogProbs(values=[value for _, value in top], token_ids=[token for token, _ in top])
+
+
+def _complete(finish: Finish, index: int, prompt_tokens: int, completion_tokens: int) -> pb.GenerateComplete:
     return pb.GenerateComplete(
+        index=index,
         finish_reason=finish.reason,
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
@@ -326,12 +380,6 @@ def _check_fields(request: pb.GenerateRequest, info: ModelInfo) -> None:
     if request.WhichOneof("input") is None:
         raise InvalidRequestError("the request has neither `tokenized` nor `text`; send one of them", "input")
     asked = request.sampling_params
-    if asked.logprobs not in (0, 1):
-        raise InvalidRequestError(
-            f"logprobs={asked.logprobs} is not supported by this version, which reports the chosen token's only; "
-            "send 0 or 1",
-            "logprobs",
-        )
     if (
         asked.HasField("truncate_prompt_tokens")
         and asked.truncate_prompt_tokens < 1
@@ -354,6 +402,9 @@ def _refuse_others(message: Message, known: frozenset[str]) -> None:
         if field.name not in known and value not in _OFF.get(field.name, ()):
             shown = f"{field.name}={value}" if isinstance(value, int | float) else field.name
             raise InvalidRequestError(f"{shown} is not supported by this version; leave it out", field.name)
+    for unknown in UnknownFieldSet(message):
+        name = f"{message.DESCRIPTOR.name}.{unknown.field_number}"
+        raise InvalidRequestError(f"field {name} is of a protocol that this version does not know; leave it out", name)
 
 
 def _sampling_params(asked: pb.SamplingParams, info: ModelInfo) -> SamplingParams:
@@ -362,13 +413,37 @@ def _sampling_params(asked: pb.SamplingParams, info: ModelInfo) -> SamplingParam
         temperature=asked.temperature if asked.HasField("temperature") else 1.0,
         top_k=min(asked.top_k, info.vocab_size),
         top_p=asked.top_p or 1.0,
+        min_p=asked.min_p,
+        repetition_penalty=asked.repetition_penalty or 1.0,
+        frequency_penalty=asked.frequency_penalty,
+        presence_penalty=asked.presence_penalty,
+        logit_bias=dict(asked.logit_bias),
         seed=asked.seed if asked.HasField("seed") else None,
+        n=asked.n or 1,
+        min_tokens=asked.min_tokens,
         max_tokens=asked.max_tokens if asked.HasField("max_tokens") else None,
         stop_token_ids=tuple(asked.stop_token_ids),
         ignore_eos=asked.ignore_eos,
+        logprobs=asked.logprobs,
+        prompt_logprobs=asked.prompt_logprobs if asked.HasField("prompt_logprobs") else None,
+        constraint=_constraint(asked),
     )
     params.validate(info.vocab_size)
     return params
+
+
+def _constraint(asked: pb.SamplingParams) -> Constraint | None:
+    kind = asked.WhichOneof("constraint")
+    if kind is None or (kind == "json_object" and not asked.json_object):
+        return None
+    if kind == "json_object":
+        return Constraint(kind)
+    choices = tuple(asked.choice.choices) if kind == "choice" else ()
+    text = "" if kind == "choice" else getattr(asked, kind)
+    length = len(text) + sum(map(len, choices))
+    if length > _MAX_CONSTRAINT:
+        raise InvalidRequestError(f"{kind} of {length} characters; send at most {_MAX_CONSTRAINT}", kind)
+    return Constraint(kind, text, choices)
 
 
 def _too_long(length: str, info: ModelInfo, field: str) -> InvalidRequestError:

@@ -163,21 +163,24 @@ class StopStrings:
         stops.push("ND two")  -> ""         and stops.matched == "END"
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
+        """include: a stop string that is found is shown too."""
         self._stops = tuple(stops)
+        self._include = include
         self._kept = ""
         self.matched: str | None = None
 
-    def push(self, text: str) -> str:
+    def push(self, text: str, *, early: bool = False) -> str:
+        """early: no stop string counts that is complete with this text."""
         if self.matched is not None:
             return ""
         text = self._kept + text
         found = [(start + len(stop), start, stop) for stop in self._stops if (start := text.find(stop)) >= 0]
-        if found:
-            _, start, self.matched = min(found)
+        if found and not early:
+            end, start, self.matched = min(found)
             self._kept = ""
-            return text[:start]
-        shown = next((i for i in range(len(text)) if any(stop.startswith(text[i:]) for stop in self._stops)), len(text))
+            return text[: end if self._include else start]
+        shown = next((i for i in range(len(text)) if any(map(_begins(text[i:]), self._stops))), len(text))
         self._kept = text[shown:]
         return text[:shown]
 
@@ -185,6 +188,11 @@ class StopStrings:
         """What was kept back, once no more text will come."""
         kept, self._kept = self._kept, ""
         return kept
+
+
+def _begins(text: str) -> Callable[[str], bool]:
+    """Whether a stop string begins with a text and goes on after it."""
+    return lambda stop: len(stop) > len(text) and stop.startswith(text)
 
 
 class Delta(NamedTuple):
@@ -196,20 +204,40 @@ class Delta(NamedTuple):
 
 
 class AnswerText:
-    """The text of an answer as it should be shown: special tokens and the stop string left out."""
+    """The text of an answer as it should be shown: special tokens and the stop string left out.
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
-        self._stops = StopStrings(stop)
+    include_stop: the stop string is shown. min_tokens: after which a stop string may end the answer.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        *,
+        include_stop: bool = False,
+        min_tokens: int = 0,
+        skip_special_tokens: bool = True,
+    ) -> None:
+        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
+        self._stops = StopStrings(stop, include=include_stop)
+        self._early_tokens = min_tokens
 
     @property
     def stopped(self) -> bool:
-        return self._stops.matched is not None
+        return self.stop_string is not None
+
+    @property
+    def stop_string(self) -> str | None:
+        """The one that has ended the answer."""
+        return self._stops.matched
 
     def push(self, token_ids: Sequence[int], *, last: bool = False) -> str:
-        text = "".join(self._stops.push(self._detokenizer.push(token)) for token in token_ids)
+        text = ""
+        for token in token_ids:
+            text += self._stops.push(self._detokenizer.push(token), early=self._early_tokens > 0)
+            self._early_tokens -= 1
         if last:
-            text += self._stops.push(self._detokenizer.flush()) + self._stops.flush()
+            text += self._stops.push(self._detokenizer.flush(), early=self._early_tokens > 0) + self._stops.flush()
         return text
 
 

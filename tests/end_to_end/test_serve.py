@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import re
 import signal
@@ -19,7 +20,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 import jaxmoe
 from jaxmoe.demo import DEMO_MODEL
-from jaxmoe.engine.request import SamplingParams
+from jaxmoe.engine.request import Constraint, SamplingParams
 from jaxmoe.errors import InvalidRequestError, JaxmoeError
 from jaxmoe.serving.client import Client
 from jaxmoe.serving.tokenization import Tokenizer
@@ -88,6 +89,36 @@ def test_64_concurrent_streams_bring_the_same_greedy_tokens_as_one_by_one(server
             together = list(pool.map(lambda prompt: tokens_of(client, prompt), prompts))
     assert all(len(tokens) == GREEDY.max_tokens for tokens in alone)
     assert together == alone
+
+
+def test_requests_that_ask_for_much_are_served_beside_plain_ones(server, prompts):
+    schema = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 999}, "kind": {"enum": ["a", "b"]}},
+              "required": ["n", "kind"], "additionalProperties": False,
+              "x-guidance": {"whitespace_flexible": False}}  # fmt: skip
+    constraint = Constraint("json_schema", json.dumps(schema))
+    penalised = dataclasses.replace(GREEDY, repetition_penalty=1.5, logit_bias={5: -3.0}, min_tokens=3)
+    with Client(server) as client:
+
+        def answer(index):
+            if index % 3 == 0:
+                params = SamplingParams(temperature=1.0, seed=index, max_tokens=60, constraint=constraint)
+                return "".join(delta.text for delta in client.generate(prompts[index], params))
+            return tokens_of(client, prompts[index], penalised if index % 3 == 1 else GREEDY)
+
+        alone = [answer(index) for index in range(9)]
+        with ThreadPoolExecutor(9) as pool:
+            together = list(pool.map(answer, range(9)))
+        assert together == alone
+        for text in alone[::3]:
+            value = json.loads(text)
+            assert value["n"] <= 999
+            assert value["kind"] in ("a", "b")
+        with pytest.raises(InvalidRequestError, match="json_schema cannot be followed: Invalid type: nonsense"):
+            list(
+                client.generate(
+                    prompts[0], SamplingParams(constraint=Constraint("json_schema", '{"type": "nonsense"}'))
+                )
+            )
 
 
 def test_a_client_that_knows_nothing_but_the_address_streams_text(server, tokenizer):

@@ -26,7 +26,9 @@ def running(spans, lengths, steps):
         vocab_size=1000,
     )
     for index, length in enumerate(lengths):
-        params = SamplingParams(temperature=index / 4, top_k=index, top_p=1 / (index + 1), seed=2**32 - 1 - index)
+        params = SamplingParams(
+            temperature=index / 4, top_k=index, top_p=1 / (index + 1), min_p=index / 8, seed=2**32 - 1 - index
+        )
         scheduler.submit(Request(str(index), tuple(range(length)), params))
     for _ in range(steps):
         plan = scheduler.schedule()
@@ -50,6 +52,7 @@ def test_what_is_packed_on_the_host_is_unpacked_on_the_device(spans):
         assert batch.temperature[index] == params.temperature
         assert batch.top_k[index] == params.top_k
         assert batch.top_p[index] == np.float32(params.top_p)
+        assert batch.min_p[index] == params.min_p
         assert batch.seed.view(np.uint32)[index] == params.seed
         for span, table, first, pages in zip(spans, batch.tables, batch.firsts, sequence.tables.pages, strict=True):
             assert table[index, : len(pages)].tolist() == list(pages)

@@ -30,7 +30,7 @@ class PoolUse(RuleBasedStateMachine):
     @rule(data=st.data())
     def share(self, data):
         table = data.draw(st.sampled_from(self.tables))
-        self.pool.retain(table)
+        self.pool.share(table)
         self.tables.append(list(table))
 
     @precondition(lambda self: self.tables)
@@ -59,19 +59,19 @@ def test_the_page_free_for_longest_is_handed_out_first():
 def test_a_shared_page_is_free_only_when_its_last_holder_releases_it():
     pool = BlockPool(2)
     pages = pool.allocate(2)
-    pool.retain(pages)
+    pool.share(pages)
     pool.release(pages)
     assert pool.free_pages == 0
     pool.release(pages)
     assert pool.free_pages == 2
 
 
-def test_a_free_page_can_be_neither_released_nor_retained():
+def test_a_free_page_can_be_neither_released_nor_shared():
     pool = BlockPool(2)
     with pytest.raises(ValueError, match="page 1 is free"):
         pool.release([1])
     with pytest.raises(ValueError, match="page 0 is free"):
-        pool.retain([0])
+        pool.share([0])
 
 
 @pytest.mark.parametrize("tables", [[], [[0]], [[0, 1], [1]], [[0, 0, 1]], [[0, 1, 2]]])
@@ -81,3 +81,24 @@ def test_the_integrity_check_finds_tables_that_do_not_match(tables):
     pool.check_integrity([[0, 1]])
     with pytest.raises(AssertionError):
         pool.check_integrity(tables)
+
+
+def test_named_contents_are_found_until_their_page_is_handed_out_anew():
+    gone = []
+    pool = BlockPool(3, gone.append)
+    pages = pool.allocate(2)
+    assert pool.store(0, b"a")
+    assert pool.store(1, b"b")
+    assert not pool.store(0, b"b")
+    pool.release([1, 0])
+    assert (pool.free_pages, pool.evictable_pages) == (3, 2)
+    pool.share([1])
+    assert pool.allocate(2) == [2, 0]
+    assert gone == [b"a"]
+    assert (pool.find(b"a"), pool.find(b"b")) == (None, 1)
+    pool.check_integrity([[1], [2, 0]])
+    pool.clear()
+    pool.release(pages)
+    assert (pool.find(b"b"), pool.free_pages, pool.evictable_pages) == (None, 2, 0)
+    with pytest.raises(ValueError, match="page 1 is free"):
+        pool.share([1])

@@ -1,5 +1,8 @@
 """The engine on a real (tiny) model: the same tokens whatever the company, chunking, cache pressure and mesh."""
 
+import dataclasses
+
+import jax
 import numpy as np
 import pytest
 
@@ -134,6 +137,54 @@ def test_cancelling_one_request_frees_its_pages_and_leaves_the_others_tokens(eng
     assert [output.finish_reason for output in outputs if output.request_id == "1"][-1] == "abort"
     engine.check_integrity()
     assert all(load.used_pages == 0 for load in engine.loads())
+
+
+def breaks(engine, monkeypatch, times):
+    """The next so many steps fail, and the cache that they were to update in place is gone."""
+    run, left = engine._runner.run, [None] * times
+
+    def failing(plan):
+        if not left:
+            return run(plan)
+        left.pop()
+        for array in jax.tree.leaves(engine._runner._cache)[:1]:
+            array.delete()
+        raise RuntimeError("secret detail")
+
+    monkeypatch.setattr(engine._runner, "run", failing)
+
+
+def test_a_device_error_fails_the_requests_of_its_step_and_the_engine_goes_on(engine, alone, prompts, monkeypatch):
+    engine.submit(Request("lost", tuple(prompts[1]), GREEDY))
+    engine.step()
+    with monkeypatch.context() as patch:
+        breaks(engine, patch, 1)
+        (output,) = engine.step()
+    assert (output.request_id, output.finish_reason) == ("lost", "error")
+    assert output.error == "the step failed with RuntimeError; the engine's log has the details"
+    assert not engine.has_work
+    assert together(engine, prompts) == alone
+
+
+def test_an_engine_whose_steps_keep_failing_gives_up(model, prompts, monkeypatch):
+    engine = Engine(model, dataclasses.replace(SMALL, warm_up=False))
+    breaks(engine, monkeypatch, 4)
+    for name in "ab":
+        engine.submit(Request(name, tuple(prompts[0]), GREEDY))
+        assert [output.finish_reason for output in engine.step()] == ["error"]
+    engine.submit(Request("c", tuple(prompts[0]), GREEDY))
+    with pytest.raises(RuntimeError, match="secret detail"):
+        engine.step()
+
+
+def test_generate_brings_every_sample_to_its_end_and_raises_when_a_step_fails(engine, prompts, monkeypatch):
+    params = SamplingParams(temperature=2, seed=1, max_tokens=9, n=2)
+    ends = [(out.request_id, out.index) for out in engine.generate(prompts[:2], params) if out.finish_reason]
+    assert sorted(ends) == [("0", 0), ("0", 1), ("1", 0), ("1", 1)]
+    breaks(engine, monkeypatch, 1)
+    with pytest.raises(RuntimeError, match="the step failed"):
+        list(engine.generate(prompts[:3], params))
+    assert not engine.has_work
 
 
 def test_closing_generate_early_cancels_what_still_runs(engine, prompts):

@@ -1,5 +1,6 @@
 """Every way of caching: tokens are those of transformers, what is out of sight takes no page, nothing is copied."""
 
+import dataclasses
 import math
 import re
 
@@ -15,6 +16,7 @@ from jaxmoe.engine.executables import Executables
 from jaxmoe.engine.model import Model
 from jaxmoe.engine.pages import pages_reached
 from jaxmoe.engine.request import Request, SamplingParams
+from jaxmoe.engine.scheduler import sample_of
 from jaxmoe.models.kv_cache import make_cache
 from jaxmoe.spans import FULL
 
@@ -71,7 +73,7 @@ def generate(engine, prompts):
 
 
 @pytest.mark.parametrize("mesh", ["dp=1", "dp=2,ep=4"])
-def test_greedy_tokens_are_those_of_transformers_alone_batched_and_preempted(models, expected, prompts, mesh):
+def test_greedy_tokens_are_those_of_transformers_alone_batched_preempted_and_cached(models, expected, prompts, mesh):
     model = models(mesh)
     # Enough for the longest of the requests, and for no more than two or three that grow together.
     pages = 14 if FULL in model.config.spans else 9
@@ -82,6 +84,60 @@ def test_greedy_tokens_are_those_of_transformers_alone_batched_and_preempted(mod
     assert [generate(engine, [prompt])[0] for prompt in prompts] == expected
     assert generate(engine, prompts[:3] * 4 + prompts) == expected[:3] * 4 + expected
     assert engine.num_preemptions > 0
+    # Of windows alone there are so few pages that no prefix outlives the next request.
+    assert engine.stats().hit_tokens > 0 or FULL not in model.config.spans
+
+
+@pytest.mark.parametrize("kernels", ["native", "xla"])
+def test_what_is_found_in_the_cache_gives_what_computing_it_gives(checkpoint, prompts, kernels):
+    model = Model(checkpoint.folder, kernels=kernels)
+    config = EngineConfig(page_size=4, max_batch=2, max_prefill_tokens=16, pages_per_rank=64, warm_up=False)
+    longest, other = prompts[-1], prompts[1]
+    answer = checkpoint.greedy(longest, 12)
+    # The same again, one that parts from it, the next turn of a conversation, and one of a whole number of pages.
+    asked = [longest, longest, [*longest[:30], *other], longest[:40], [*longest, *answer, 5]]
+    params = SamplingParams(temperature=0, max_tokens=6)
+
+    def outputs(engine):
+        return [
+            [(output.token_ids, output.logprobs) for output in engine.generate([prompt], params)] for prompt in asked
+        ]
+
+    engine = Engine(model, config)
+    found, computed = outputs(engine), outputs(Engine(model, dataclasses.replace(config, prefix_cache=False)))
+    assert engine.stats().hit_tokens >= 40 + 24 + 32 + 40
+    if kernels == "native":
+        # A step that decodes attends to latents where a longer one makes keys of them, and rounds otherwise.
+        exact = -1 if model.config.model_type == "deepseek_v3" else None
+        assert found[:exact] == computed[:exact]
+    for one, two in zip(found, computed, strict=True):
+        assert [tokens for tokens, _ in one] == [tokens for tokens, _ in two]
+        np.testing.assert_allclose([logprobs for _, logprobs in one], [logprobs for _, logprobs in two], atol=1e-5)
+
+
+def test_samples_share_their_prompt_and_are_each_what_they_are_alone(models, prompts):
+    params = SamplingParams(temperature=1.5, seed=3, max_tokens=6, n=3, ignore_eos=True)
+    request = Request("x", tuple(prompts[1]), params)
+    config = EngineConfig(page_size=4, max_batch=4, max_prefill_tokens=16, pages_per_rank=64, warm_up=False)
+    engine = Engine(models("dp=1"), config)
+
+    def answers(*requests):
+        tokens = {}
+        for each in requests:
+            engine.submit(each)
+        while engine.has_work:
+            for output in engine.step():
+                tokens.setdefault((output.request_id, output.index), []).extend(output.token_ids)
+            engine.check_integrity()
+        return tokens
+
+    together = answers(request)
+    assert engine.stats().hit_tokens == 2 * 16
+    alone = [sample_of(request, index) for index in range(3)]
+    seeds = [dataclasses.replace(each.params, n=1) for each in alone]
+    by_itself = [answers(Request("y", request.prompt, each))["y", 0] for each in seeds]
+    assert [together["x", index] for index in range(3)] == by_itself
+    assert len(set(map(tuple, by_itself))) == 3
 
 
 def test_greedy_tokens_are_those_of_transformers_in_pieces_that_fit_neither_pages_nor_spans(models, expected, prompts):

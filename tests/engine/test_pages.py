@@ -1,6 +1,8 @@
 import itertools
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxmoe.engine.pages import PageGroup, PageTables, RankPages, pages_reached
 from jaxmoe.spans import FULL, Span
@@ -63,3 +65,38 @@ def test_the_integrity_check_finds_a_page_that_is_gone_too_early_or_kept_too_lon
     pages.check_integrity([(tables, 12)])
     with pytest.raises(AssertionError):
         pages.check_integrity([(tables, 10)])
+
+
+@given(
+    spans=st.lists(st.sampled_from([FULL, *SPANS]), min_size=1, max_size=3, unique=True),
+    page_size=st.integers(1, 5),
+    data=st.data(),
+)
+@settings(max_examples=150, deadline=None)
+def test_a_hit_is_the_longest_prefix_of_which_all_is_here_that_later_queries_see(spans, page_size, data):
+    names = [bytes([index]) for index in range(data.draw(st.integers(1, 12)))]
+    pages = RankPages([PageGroup(span, 100) for span in spans], page_size)
+    here = [data.draw(st.sets(st.integers(0, len(names) - 1), min_size=len(names) // 2)) for _ in spans]
+    for group, indices in enumerate(here):
+        for index in indices:
+            (page,) = pages._pools[group].allocate(1)
+            pages._pools[group].store(page, names[index])
+
+    def is_hit(count):
+        return all(
+            set(range(span.first(count * page_size) // page_size, count)) <= indices
+            for span, indices in zip(spans, here, strict=True)
+        )
+
+    most = data.draw(st.integers(0, len(names)))
+    count = pages.hit(names, most)
+    assert count == max(filter(is_hit, range(most + 1)))
+    tables = PageTables(len(spans))
+    pages.adopt(tables, names, count)
+    for group, span in enumerate(spans):
+        assert tables.passed[group] == span.first(count * page_size) // page_size
+        assert tables.passed[group] + len(tables.pages[group]) == tables.end == count
+        assert all(
+            pages._pools[group].find(names[index]) == page
+            for index, page in enumerate(tables.pages[group], tables.passed[group])
+        )

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from jaxmoe.engine.config import EngineConfig
 from jaxmoe.engine.pages import PageGroup, pages_reached
 from jaxmoe.engine.request import Request, SamplingParams
-from jaxmoe.engine.scheduler import Scheduler
+from jaxmoe.engine.scheduler import Scheduler, sample_of
 from jaxmoe.errors import ConfigError, DuplicateRequestError, InvalidRequestError, QueueFullError
 from jaxmoe.spans import FULL, Span
 
@@ -17,16 +17,17 @@ VOCAB = 32
 EOS = frozenset({0, 1})
 
 
-def next_token(tokens, spans=(FULL,)):
-    """Depends on all that the last token sees through any of the spans."""
-    return zlib.crc32(bytes(token for span in spans for token in tokens[span.first(len(tokens) - 1) :])) % VOCAB
+def next_token(tokens, spans=(FULL,), seed=None):
+    """Depends on all that the last token sees through any of the spans, and on the seed."""
+    seen = [token for span in spans for token in tokens[span.first(len(tokens) - 1) :]]
+    return zlib.crc32(bytes(seen), (seed or 0) & 0xFFFFFFFF) % VOCAB
 
 
 def solo_run(request, max_context, spans=(FULL,)):
     """Tokens and finish reason of a request that has the model to itself."""
     params, tokens = request.params, list(request.prompt)
     while True:
-        tokens.append(next_token(tokens, spans))
+        tokens.append(next_token(tokens, spans, params.seed))
         generated = tokens[len(request.prompt) :]
         if tokens[-1] in params.stop_token_ids or (tokens[-1] in EOS and not params.ignore_eos):
             return generated, "stop"
@@ -35,15 +36,19 @@ def solo_run(request, max_context, spans=(FULL,)):
 
 
 class PagedModel:
-    """A model that keeps tokens in pages as a device keeps their keys and values, by group.
+    """A model that keeps in pages, by group, what stands for keys and values: they depend on all tokens up to theirs.
 
-    Every query must find there, in the pages that its sequence's tables name, each token that it sees.
+    Every query must find there, in the pages that its sequence's tables name, those of each token that it sees.
     """
 
     def __init__(self, num_ranks, page_size, spans):
         self.page_size = page_size
         self.spans = spans
-        self.caches = [[{} for _ in spans] for _ in range(num_ranks)]
+        self.num_ranks = num_ranks
+        self.reset()
+
+    def reset(self):
+        self.caches = [[{} for _ in self.spans] for _ in range(self.num_ranks)]
 
     def __call__(self, plan):
         sampled = {}
@@ -51,7 +56,8 @@ class PagedModel:
             for group, span in enumerate(self.spans):
                 self.attend(sequence, group, span, range(start, start + length))
             if samples:
-                sampled[sequence.request.id] = next_token(sequence.tokens[: start + length], self.spans), -0.5
+                seed = sequence.request.params.seed
+                sampled[sequence.request.id] = next_token(sequence.tokens[: start + length], self.spans, seed), -0.5
         return sampled
 
     def attend(self, sequence, group, span, queries):
@@ -62,16 +68,18 @@ class PagedModel:
             assert index >= 0
             return tables.pages[group][index], position % self.page_size
 
-        cache.update({slot(query): sequence.tokens[query] for query in queries})
+        def vector(position):
+            return zlib.crc32(bytes(sequence.tokens[: position + 1]))
+
+        cache.update({slot(query): vector(query) for query in queries})
         for query in queries:
-            first = span.first(query)
-            seen = [cache[slot(position)] for position in range(first, query + 1)]
-            assert seen == sequence.tokens[first : query + 1]
+            for position in range(span.first(query), query + 1):
+                assert cache[slot(position)] == vector(position)
 
 
 def make(num_ranks=1, pages_per_rank=16, max_context=32, page_size=2, spans=(FULL,), **limits):
-    """pages_per_rank: of every group, or of each."""
-    config = EngineConfig(page_size=page_size, **{"max_prefill_tokens": 8, **limits})
+    """pages_per_rank: of every group, or of each. No prefix cache unless asked for: prompts here begin alike."""
+    config = EngineConfig(page_size=page_size, **{"max_prefill_tokens": 8, "prefix_cache": False, **limits})
     pages = [pages_per_rank] * len(spans) if isinstance(pages_per_rank, int) else pages_per_rank
     scheduler = Scheduler(
         config,
@@ -128,7 +136,11 @@ SPANS = st.sampled_from([FULL, Span("window", 1), Span("window", 5), Span("chunk
 REQUESTS = st.builds(
     dict,
     length=st.integers(1, 9),
-    first=st.integers(2, VOCAB - 1),
+    first=st.integers(2, 4),
+    priority=st.sampled_from([0, 0, 0, -1, 2]),
+    n=st.sampled_from([1, 1, 1, 2, 3]),
+    prompt_logprobs=st.sampled_from([None, None, None, 0]),
+    seed=st.sampled_from([None, 5]),
     rank=st.none() | st.integers(0, 2),
     max_tokens=st.none() | st.integers(1, 12),
     stop_token_ids=st.just(()) | st.tuples(st.integers(0, VOCAB - 1)),
@@ -137,7 +149,7 @@ REQUESTS = st.builds(
 
 
 class AnyUse(RuleBasedStateMachine):
-    """Requests that come, run and are cancelled in any order, on a machine with too little of everything."""
+    """Requests that come, run, fail and are cancelled in any order, on a machine with too little of everything."""
 
     @initialize(
         num_ranks=st.integers(1, 3),
@@ -148,8 +160,14 @@ class AnyUse(RuleBasedStateMachine):
         max_prefill_tokens=st.integers(1, 8),
         max_prefill_sequences=st.integers(1, 3),
         max_queue=st.integers(1, 6),
+        spare_tokens=st.none() | st.integers(0, 4),
+        prefix_cache=st.booleans(),
+        priority_ageing=st.integers(1, 5),
     )
-    def start(self, groups, **limits):
+    def start(self, groups, spare_tokens, **limits):
+        if spare_tokens is not None:
+            limits["max_batch_tokens"] = limits["max_batch"] + spare_tokens
+            limits["max_prefill_tokens"] = min(limits["max_prefill_tokens"], limits["max_batch_tokens"])
         self.limits = limits
         self.spans, pages_per_rank = zip(*groups, strict=True)
         self.scheduler, self.model = make(spans=self.spans, pages_per_rank=pages_per_rank, **limits)
@@ -163,19 +181,23 @@ class AnyUse(RuleBasedStateMachine):
         )
         self.plan = None
         self.requests = {}  # all that were accepted
-        self.untouched = []  # those that never were in a plan, in order of arrival
+        self.samples = {}  # what each of their samples asks for by itself, by id and index
+        self.untouched = []  # those that never were in a plan, in the order in which they may be
         self.tokens = {}
         self.ends = {}
+        self.num_steps = 0
+        self.event_batches = 0
+        self.found = [set() for _ in range(limits["num_ranks"])]  # hashes by rank, as events tell
 
     @rule(wanted=st.lists(REQUESTS, min_size=1, max_size=4))
     def submit(self, wanted):
         for request in wanted:
             self.submit_one(**request)
 
-    def submit_one(self, length, first, rank, **params):
+    def submit_one(self, length, first, rank, priority, **params):
         if rank is not None:
             rank %= self.limits["num_ranks"]
-        request = Request(str(len(self.requests)), prompt_of(length, first), SamplingParams(**params), rank)
+        request = Request(str(len(self.requests)), prompt_of(length, first), SamplingParams(**params), rank, priority)
         queue_length = self.scheduler.queue_length
         longest = min(length + (params["max_tokens"] or 1), self.limits["max_context"])
         fits = length < self.max_context and longest <= self.max_context
@@ -187,10 +209,14 @@ class AnyUse(RuleBasedStateMachine):
             assert queue_length >= self.limits["max_queue"]
         else:
             assert fits
-            assert self.scheduler.queue_length == queue_length + 1 <= self.limits["max_queue"]
+            assert queue_length < self.limits["max_queue"]
+            assert self.scheduler.queue_length == queue_length + params["n"]
             self.requests[request.id] = request
-            self.untouched.append(request)
-            self.tokens[request.id] = []
+            self.untouched.append((self.num_steps + priority * self.limits["priority_ageing"], request))
+            self.untouched.sort(key=lambda entry: entry[0])
+            for index in range(params["n"]):
+                self.samples[request.id, index] = sample_of(request, index)
+                self.tokens[request.id, index] = []
             with pytest.raises(DuplicateRequestError):
                 self.scheduler.submit(request)
 
@@ -198,12 +224,13 @@ class AnyUse(RuleBasedStateMachine):
     @rule(data=st.data())
     def cancel(self, data):
         request = data.draw(st.sampled_from(list(self.requests.values())))
-        if self.scheduler.cancel(request.id):
-            assert request.id not in self.ends
-            self.untouched = [other for other in self.untouched if other.id != request.id]
+        index = data.draw(st.none() | st.integers(0, request.params.n - 1))
+        if self.scheduler.cancel(request.id, index):
+            assert index is None or (request.id, index) not in self.ends
+            self.untouched = [entry for entry in self.untouched if entry[1] is not request]
             with pytest.raises(DuplicateRequestError):
                 self.scheduler.submit(request)
-        assert not self.scheduler.cancel(request.id)
+        assert not self.scheduler.cancel(request.id, index)
 
     @rule(steps=st.integers(1, 8))
     def run(self, steps):
@@ -216,9 +243,13 @@ class AnyUse(RuleBasedStateMachine):
     @rule()
     def schedule(self):
         self.plan = self.scheduler.schedule()
+        self.num_steps += 1
         for prefills, decodes, load in zip(self.plan.prefills, self.plan.decodes, self.scheduler.loads(), strict=True):
             assert len(prefills) <= self.limits["max_prefill_sequences"]
             assert sum(chunk.length for chunk in prefills) <= self.limits["max_prefill_tokens"]
+            if "max_batch_tokens" in self.limits:
+                tokens = sum(chunk.length for chunk in (*prefills, *decodes))
+                assert tokens <= self.limits["max_batch_tokens"]
             assert all(chunk.length == 1 and chunk.samples and chunk.start > 0 for chunk in decodes)
             assert len(decodes) <= load.running <= self.limits["max_batch"]
             assert load.used_pages <= load.total_pages
@@ -228,7 +259,7 @@ class AnyUse(RuleBasedStateMachine):
         planned = ranks_of(self.plan)
         assert len(planned) == len(list(self.plan.chunks))
         self.nobody_was_overtaken(planned)
-        self.untouched = [request for request in self.untouched if request.id not in planned]
+        self.untouched = [entry for entry in self.untouched if entry[1].id not in planned]
 
     def spans_hold_no_more_than_they_see(self, at_once):
         for sequence in (chunk.sequence for chunk in self.plan.chunks):
@@ -238,7 +269,7 @@ class AnyUse(RuleBasedStateMachine):
 
     def nobody_was_overtaken(self, planned):
         passed_by = []
-        for request in self.untouched:
+        for _, request in self.untouched:
             if request.id not in planned:
                 passed_by.append(request.rank)
             else:
@@ -251,12 +282,55 @@ class AnyUse(RuleBasedStateMachine):
     def complete(self):
         outputs = self.scheduler.complete(self.plan, self.model(self.plan))
         self.plan = None
+        self.take(outputs)
+
+    @precondition(lambda self: self.requests)
+    @rule(halfway=st.booleans())
+    def fail(self, halfway):
+        if self.plan is None:
+            self.schedule()
+        if halfway:
+            self.model(self.plan)
+        self.model.reset()
+        outputs = self.scheduler.fail(self.plan, "the device is gone")
+        failed = {output.request_id for output in outputs if output.finish_reason == "error"}
+        planned = {chunk.sequence.name for chunk in self.plan.chunks}
+        assert failed <= planned
+        self.plan = None
+        self.take(outputs)
+        assert all(key in self.ends for key in self.samples if key[0] in planned)
+        assert all(load.used_pages == load.running == 0 for load in self.scheduler.loads())
+
+    def take(self, outputs):
         for output in outputs:
-            assert output.request_id not in self.ends
+            key = output.request_id, output.index
+            assert key not in self.ends
             assert len(output.token_ids) == len(output.logprobs)
-            self.tokens[output.request_id] += output.token_ids
+            self.tokens[key] += output.token_ids
             if output.finish_reason:
-                self.ends[output.request_id] = output
+                self.ends[key] = output
+
+    @rule(clear=st.sampled_from([False, False, True]))
+    def gateway(self, clear):
+        if clear:
+            self.scheduler.clear_prefix_cache()
+        self.follow_events()
+
+    def follow_events(self):
+        for batch in self.scheduler.kv_events():
+            self.event_batches += 1
+            assert batch.number == self.event_batches
+            found = self.found[batch.rank]
+            for event in batch.events:
+                if event.kind == "stored":
+                    assert not found & set(event.hashes)
+                    assert len(event.token_ids) == len(event.hashes) * self.limits["page_size"]
+                    found |= set(event.hashes)
+                elif event.kind == "removed":
+                    assert found >= set(event.hashes)
+                    found -= set(event.hashes)
+                else:
+                    found.clear()
 
     @invariant()
     def pages_and_requests_are_where_they_should_be(self):
@@ -269,18 +343,18 @@ class AnyUse(RuleBasedStateMachine):
         while self.scheduler.has_work:
             self.run(1)
             taken += 1
-            assert taken <= 1 + self.max_context * len(self.requests), (
-                "whoever came first did not advance in every step"
-            )
+            assert taken <= 1 + self.max_context * len(self.samples), "whoever came first did not advance in every step"
+        self.follow_events()
         assert all(load.used_pages == load.running == load.waiting == 0 for load in self.scheduler.loads())
-        assert self.ends.keys() == self.requests.keys()
-        for request_id, request in self.requests.items():
+        assert self.ends.keys() == self.samples.keys()
+        for key, request in self.samples.items():
             tokens, reason = solo_run(request, self.max_context, self.spans)
-            end = self.ends[request_id]
-            if end.finish_reason == "abort":
-                assert self.tokens[request_id] == tokens[: len(self.tokens[request_id])]
+            end = self.ends[key]
+            assert bool(end.error) == (end.finish_reason == "error")
+            if end.finish_reason in ("abort", "error"):
+                assert self.tokens[key] == tokens[: len(self.tokens[key])]
             else:
-                assert (self.tokens[request_id], end.finish_reason) == (tokens, reason)
+                assert (self.tokens[key], end.finish_reason) == (tokens, reason)
                 assert end.stop_token == (tokens[-1] if reason == "stop" else None)
 
 
@@ -332,6 +406,195 @@ def test_a_request_goes_to_the_rank_with_the_fewest_tokens_and_of_equals_the_low
     for name, length in [("a", 9), ("b", 5), ("c", 6), ("d", 2), ("e", 1), ("f", 1)]:
         scheduler.submit(ask(name, length))
     assert ranks_of(step(scheduler, model)[0]) == {"a": 0, "b": 1, "c": 2, "d": 1, "e": 2, "f": 1}
+
+
+def test_whoever_decodes_comes_first_in_the_budget_and_prompts_share_what_is_left():
+    scheduler, model = make(max_batch=4, max_batch_tokens=6)
+    for name in "abc":
+        scheduler.submit(ask(name, 1))
+    step(scheduler, model)
+    scheduler.submit(ask("long", 8))
+    plan, _ = step(scheduler, model)
+    assert [len(plan.decodes[0]), [chunk.length for chunk in plan.prefills[0]]] == [3, [3]]
+    assert EngineConfig(max_batch=4, max_batch_tokens=6).max_prefill_tokens == 6
+    with pytest.raises(
+        ConfigError, match=r"max_batch_tokens=3 has no room for max_batch=4 .* use max_batch_tokens >= 4"
+    ):
+        EngineConfig(max_batch=4, max_batch_tokens=3)
+
+
+def test_a_lower_priority_number_goes_sooner_until_others_have_waited_long_enough():
+    scheduler, model = make(max_batch=1, priority_ageing=3)
+    scheduler.submit(ask("running", max_tokens=8))
+    step(scheduler, model)
+
+    def later(name, priority):
+        scheduler.submit(dataclasses.replace(ask(name, max_tokens=1), priority=priority))
+
+    later("plain", 0)
+    later("urgent", -1)
+    for _ in range(3):
+        step(scheduler, model)
+    later("too late", -1)
+    started = [chunk.sequence.name for plan, _ in steps(scheduler, model) for chunk in plan.prefills[0]]
+    assert started == ["urgent", "plain", "too late"]
+
+
+def test_of_those_running_the_least_urgent_gives_up_its_pages_although_it_came_first():
+    scheduler, model = make(pages_per_rank=8)
+    scheduler.submit(ask("plain", 3, max_tokens=12))
+    step(scheduler, model)
+    scheduler.submit(dataclasses.replace(ask("urgent", 4, max_tokens=12), priority=-1))
+    ends = [output.request_id for output in drain(scheduler, model) if output.finish_reason]
+    assert scheduler.num_preemptions == 1
+    assert ends == ["urgent", "plain"]
+
+
+def computed(scheduler, model):
+    """Tokens that went through the model for each request until all had ended, and on which rank."""
+    tokens, ranks = {}, {}
+    for plan, _ in steps(scheduler, model):
+        for chunk in plan.chunks:
+            tokens[chunk.sequence.name] = tokens.get(chunk.sequence.name, 0) + chunk.length
+        ranks |= ranks_of(plan)
+    return tokens, ranks
+
+
+def cached(**limits):
+    return make(**{"prefix_cache": True, "max_prefill_tokens": 32, **limits})
+
+
+def test_what_a_prompt_has_in_common_with_an_earlier_one_is_not_computed_again_but_its_last_token_is():
+    scheduler, model = cached()
+    for name, length, expected in [("first", 8, 8), ("same", 8, 2), ("longer", 11, 3), ("shorter", 5, 1)]:
+        scheduler.submit(ask(name, length, max_tokens=1))
+        plan, (output,) = step(scheduler, model)
+        assert [chunk.length for chunk in plan.chunks] == [expected]
+        assert output.cached_tokens == length - expected
+    scheduler.submit(Request("other", prompt_of(8, 3), SamplingParams(max_tokens=1, ignore_eos=True)))
+    assert computed(scheduler, model)[0] == {"other": 8}
+    stats = scheduler.stats()
+    assert (stats.queried_tokens, stats.hit_tokens) == (40, 18)
+    assert (stats.used_pages, stats.cached_pages) == (0, 5 + 4)
+
+
+def test_prompts_under_way_share_pages():
+    scheduler, model = cached()
+    scheduler.submit(ask("a", 9))
+    step(scheduler, model)
+    scheduler.submit(ask("b", 9))
+    step(scheduler, model)
+    assert scheduler.loads()[0].used_pages == 4 + 1 + 1
+
+
+def test_without_a_prefix_cache_or_for_prompt_logprobs_everything_is_computed():
+    for limits, params in [({"prefix_cache": False}, {}), ({}, {"prompt_logprobs": 0})]:
+        scheduler, model = cached(**limits)
+        for name in "ab":
+            scheduler.submit(ask(name, 8, max_tokens=1, **params))
+            assert computed(scheduler, model)[0] == {name: 8}
+
+
+def test_the_next_turn_of_a_conversation_goes_where_its_pages_are():
+    scheduler, model = cached(num_ranks=2)
+    scheduler.submit(ask("turn", 7, max_tokens=6, rank=1))
+    answer = tokens_of(drain(scheduler, model), "turn")
+    scheduler.submit(Request("next", (*prompt_of(7), *answer, 3), SamplingParams(max_tokens=1)))
+    assert computed(scheduler, model) == ({"next": 2}, {"next": 1})
+
+
+def test_a_rank_with_much_more_to_do_loses_a_request_although_it_has_its_prefix():
+    scheduler, model = cached(num_ranks=2, pages_per_rank=64, max_context=64, max_prefill_tokens=64)
+    scheduler.submit(ask("prefix", 4, max_tokens=2, rank=0))
+    drain(scheduler, model)
+    ranks = {}
+    for count in range(8):
+        scheduler.submit(ask(str(count), 4, max_tokens=8))
+        ranks |= ranks_of(step(scheduler, model)[0])
+    # While the other is idle, up to 4 times the two tokens that are found: then that one has the prefix too.
+    assert [ranks[str(count)] for count in range(4)] == [0, 0, 1, 1]
+    drain(scheduler, model)
+    assert {ranks[str(count)] for count in range(4, 8)} == {0, 1}
+
+
+def test_a_preempted_request_finds_what_it_had_computed():
+    scheduler, model = cached(pages_per_rank=8, max_prefill_tokens=8)
+    requests = [ask("old", 3, max_tokens=12), Request("new", prompt_of(4, 9), ask("new", max_tokens=12).params)]
+    for request in requests:
+        scheduler.submit(request)
+    outputs, again = [], []
+    for plan, new in steps(scheduler, model):
+        outputs += new
+        again += [chunk for chunk in plan.chunks if scheduler.num_preemptions and chunk.sequence.name == "new"]
+    assert scheduler.num_preemptions == 1
+    assert again[0].start > 0
+    for request in requests:
+        assert tokens_of(outputs, request.id) == solo_run(request, 16)[0]
+
+
+def test_pages_that_nobody_uses_are_given_up_the_least_recently_used_and_the_end_of_a_prefix_first():
+    scheduler, model = cached(pages_per_rank=6)
+    for name, first in [("a", 2), ("b", 10), ("a again", 2), ("c", 20)]:
+        scheduler.submit(Request(name, prompt_of(5, first), SamplingParams(max_tokens=1, ignore_eos=True)))
+        drain(scheduler, model)
+    assert scheduler.stats().hit_tokens == 4
+    # The last took three pages: two that were blank, and the second of b's.
+    for first, expected in [(20, 1), (2, 1), (10, 3)]:
+        scheduler.submit(Request("x", prompt_of(5, first), SamplingParams(max_tokens=1, ignore_eos=True)))
+        assert computed(scheduler, model)[0] == {"x": expected}
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_samples_of_a_request_share_the_pages_of_its_prompt_which_is_computed_once(prefix_cache):
+    scheduler, model = make(prefix_cache=prefix_cache, max_prefill_tokens=4, pages_per_rank=32)
+    request = ask("x", 9, n=3, seed=7)
+    scheduler.submit(request)
+    outputs, tokens, most = [], 0, 0
+    for plan, new in steps(scheduler, model):
+        tokens += sum(chunk.length for chunk in plan.chunks if chunk.start < 9)
+        most = max(most, scheduler.loads()[0].used_pages)
+        outputs += new
+    assert tokens == 9 + 1 + 1
+    assert most <= 4 + 3 * 2
+    answers = [[token for out in outputs if out.index == index for token in out.token_ids] for index in range(3)]
+    assert answers == [solo_run(sample_of(request, index), 32)[0] for index in range(3)]
+    assert len({tuple(answer) for answer in answers}) == 3
+    assert sorted(out.index for out in outputs if out.finish_reason) == [0, 1, 2]
+    assert {out.request_id for out in outputs} == {"x"}
+
+
+def test_one_sample_can_be_cancelled_and_an_id_is_taken_until_the_last_has_ended():
+    scheduler, model = make()
+    scheduler.submit(ask("x", n=2))
+    step(scheduler, model)
+    assert scheduler.cancel("x", 0)
+    assert not scheduler.cancel("x", 0)
+    with pytest.raises(DuplicateRequestError):
+        scheduler.submit(ask("x"))
+    ends = {out.index: out.finish_reason for out in drain(scheduler, model) if out.finish_reason}
+    assert ends == {0: "abort", 1: "length"}
+    scheduler.submit(ask("x"))
+
+
+def test_a_step_that_fails_ends_its_requests_and_has_the_others_computed_anew():
+    scheduler, model = cached(max_prefill_sequences=1)
+    scheduler.submit(ask("a", 6, n=2))
+    scheduler.submit(Request("b", prompt_of(6, 9), ask("b").params))
+    step(scheduler, model)
+    step(scheduler, model)
+    plan = scheduler.schedule()
+    assert {chunk.sequence.name for chunk in plan.chunks} == {"a", "b"}
+    scheduler.submit(ask("waiting", 6))
+    model.reset()
+    outputs = scheduler.fail(plan, "what happened")
+    assert sorted((out.request_id, out.index, out.finish_reason, out.error) for out in outputs) == [
+        ("a", 0, "error", "what happened"),
+        ("a", 1, "error", "what happened"),
+        ("b", 0, "error", "what happened"),
+    ]
+    assert tokens_of(drain(scheduler, model), "waiting") == solo_run(ask("waiting", 6), 32)[0]
+    assert scheduler.stats().failed_steps == 1
+    assert [event.kind for batch in scheduler.kv_events() for event in batch.events] == ["cleared", "stored", "stored"]
 
 
 def test_a_request_pinned_to_a_full_rank_holds_up_only_those_for_that_rank():
@@ -469,6 +732,8 @@ def test_a_full_queue_refuses_and_leaves_the_others_alone():
         ({"prompt": prompt_of(24)}, "prompt", "the context limit is 24 tokens; send at most 23"),
         ({"rank": 2}, "rank", r"rank=2 .* 0\.\.1"),
         ({"rank": -1}, "rank", "rank=-1"),
+        ({"priority": 101}, "priority", "priority=101 must be between -100 and 100"),
+        ({"params": SamplingParams(n=0)}, "n", "n=0"),
         ({"params": SamplingParams(top_p=0)}, "top_p", "top_p=0"),
         ({"params": SamplingParams(stop_token_ids=(32,))}, "stop_token_ids", "32"),
     ],

@@ -90,7 +90,7 @@ def test_padding_is_routed_nowhere():
 
 def test_what_was_recorded_is_replayed(tmp_path):
     rng = np.random.default_rng(0)
-    recorder = Recorder(EXPERTS, most=200)
+    recorder = Recorder(most=200)
     given = []
     for _ in range(5):
         experts = rng.permuted(np.tile(np.arange(EXPERTS), (LAYERS, RANKS, 30, 1)), axis=-1)[..., :K]

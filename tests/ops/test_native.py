@@ -107,10 +107,10 @@ def seen(out, positions):
 @pytest.mark.parametrize("heads", [2, 6, 40])
 @pytest.mark.parametrize("tokens", [1, 5, 90])
 def test_attention_over_pages(tokens, heads, span, dtype):
-    contexts = [3, 64, 150]
-    pages, where = paged(3, contexts, dtype)
+    contexts = [3, 64, 150] * 4  # enough for heads to stay together
+    pages, where = paged(12, contexts, dtype)
     positions = last_positions(contexts, tokens)
-    out = both(attend, normal((3, tokens, heads, 24), dtype, 9), positions, pages, where, span=span)
+    out = both(attend, normal((12, tokens, heads, 24), dtype, 9), positions, pages, where, span=span)
     assert_alike(seen(out, positions), dtype)
 
 
@@ -127,17 +127,17 @@ def test_attention_over_latents_that_all_heads_share(tokens):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("tokens", [1, 70])
 def test_keys_and_values_made_of_latents(tokens, dtype):
-    contexts = [130, 70]
-    (entries,), where = paged(2, contexts, dtype, kv_heads=1, width=36, shared=True)
+    contexts = [130, 70] * 5
+    (entries,), where = paged(10, contexts, dtype, kv_heads=1, width=36, shared=True)
     entries = entries[:, :, :, 0]
-    key_value = normal((3, 28, 5, 22), dtype, 4, 0.2)
+    key_value = normal((3, 28, 4, 22), dtype, 4, 0.2)
     positions = last_positions(contexts, tokens)
 
     def run(query, positions, entries, where, key_value, layer, implementation):
         options = (0.2, FULL, 12, implementation)
         return paged_attention.attend_latent(query, positions, entries, where, key_value, layer, *options)
 
-    query = normal((2, tokens, 5, 18), dtype, 6)
+    query = normal((10, tokens, 4, 18), dtype, 6)
     assert_alike(seen(both(run, query, positions, entries, where, key_value, jnp.int32(2)), positions), dtype)
 
 

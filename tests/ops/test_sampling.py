@@ -5,16 +5,18 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from jaxmoe.ops.sampling import keep_likely, sample
+from jaxmoe.ops.sampling import adjust, keep_likely, report, sample
 
 VOCABULARY = 50
 draw = jax.jit(sample)
 
 
-def rows(count, *, temperature=1.0, top_k=0, top_p=1.0, seed=0, position=0):
+def rows(count, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, position=0):
     """Parameters of `count` rows, each one value for all or a value a row."""
-    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "position": position}
-    kinds = {"temperature": np.float32, "top_p": np.float32}
+    given = {
+        "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed, "position": position,
+    }  # fmt: skip
+    kinds = dict.fromkeys(("temperature", "top_p", "min_p"), np.float32)
     return {
         name: np.broadcast_to(np.asarray(value, kinds.get(name, np.int32)), (count,)) for name, value in given.items()
     }
@@ -44,35 +46,48 @@ def test_the_smallest_temperatures_take_the_most_likely_token(temperature):
 
 
 @pytest.mark.parametrize("top_p", [0.01, 0.3, 0.9, 0.999, 1.0])
-@pytest.mark.parametrize("top_k", [0, 1, 5, 49, 1000])
-def test_the_kept_tokens_are_those_of_transformers_warpers(top_k, top_p):
+@pytest.mark.parametrize(("top_k", "min_p"), [(0, 0), (1, 0), (5, 0.3), (49, 0), (1000, 0.02), (0, 0.1), (0, 1.0)])
+def test_the_kept_tokens_are_those_of_transformers_warpers(top_k, top_p, min_p):
     torch = pytest.importorskip("torch")
-    from transformers import TopKLogitsWarper, TopPLogitsWarper
+    from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     for scale in (0.1, 2.0, 8.0):
         logits = random_logits(40, scale)
         expected = torch.tensor(logits)
         if top_k:
             expected = TopKLogitsWarper(top_k)(None, expected)
-        expected = TopPLogitsWarper(top_p)(None, expected).numpy()
-        chosen = rows(40, top_k=top_k, top_p=top_p)
-        kept = KEEP(jnp.asarray(logits), jnp.asarray(chosen["top_k"]), jnp.asarray(chosen["top_p"]))
-        np.testing.assert_array_equal(kept, expected)
+        expected = TopPLogitsWarper(top_p)(None, expected)
+        expected = MinPLogitsWarper(min_p)(None, expected).numpy()
+        np.testing.assert_array_equal(kept_of(logits, top_k=top_k, top_p=top_p, min_p=min_p), expected)
 
 
 KEEP = jax.jit(keep_likely)
 
 
+def kept_of(logits, **chosen):
+    logits = jnp.asarray(logits)
+    fields = rows(len(logits), **chosen)
+    return KEEP(logits, *(jnp.asarray(fields[name]) for name in ("top_k", "top_p", "min_p")))
+
+
 def test_tokens_tied_with_the_last_one_kept_are_kept_too():
     logits = jnp.log(jnp.array([[0.4, 0.2, 0.2, 0.2]]))
     for top_k, top_p in ((2, 1.0), (0, 0.5)):
-        kept = keep_likely(logits, jnp.array([top_k]), jnp.array([top_p], jnp.float32))
+        kept = kept_of(logits, top_k=top_k, top_p=top_p)
         assert np.isfinite(kept).all()
 
 
 @pytest.mark.parametrize(
     "setting",
-    [{}, {"temperature": 0.5}, {"temperature": 2.0}, {"top_k": 4}, {"top_p": 0.8}, {"top_k": 10, "top_p": 0.7}],
+    [
+        {},
+        {"temperature": 0.5},
+        {"temperature": 2.0},
+        {"top_k": 4},
+        {"top_p": 0.8},
+        {"top_k": 10, "top_p": 0.7},
+        {"min_p": 0.2},
+    ],
 )
 @pytest.mark.parametrize("varied", ["seed", "position"])
 def test_draws_follow_the_softmax_of_what_is_kept(setting, varied):
@@ -80,11 +95,8 @@ def test_draws_follow_the_softmax_of_what_is_kept(setting, varied):
     logits = random_logits(1, 1.5)
     chosen = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **setting}
     tokens, _ = draw(np.repeat(logits, count, 0), **rows(count, **chosen, **{varied: np.arange(count)}))
-    kept = keep_likely(
-        jnp.asarray(logits / chosen["temperature"]),
-        jnp.array([chosen["top_k"]]),
-        jnp.array([chosen["top_p"]], jnp.float32),
-    )
+    scaled = logits / chosen.pop("temperature")
+    kept = kept_of(scaled, **chosen)
     expected = count * scipy.special.softmax(np.asarray(kept, np.float64)[0])
     observed = np.bincount(tokens, minlength=VOCABULARY)
     assert not observed[expected == 0].any()
@@ -135,3 +147,77 @@ def test_logits_of_half_precision_are_sampled_in_float32():
     logits = random_logits(4).astype(jnp.bfloat16)
     _, logprobs = draw(logits, **rows(4))
     assert logprobs.dtype == jnp.float32
+
+
+def entries(*of_rows, batch, room):
+    """(row, token, bias, times) of tokens by row, the rest of the room unused."""
+    given = [(row, *each) for row, own in enumerate(of_rows) for each in own]
+    given += [(batch, 0, 0.0, 0)] * (room - len(given))
+    return tuple(np.array(column, kind) for column, kind in zip(zip(*given, strict=True), "iifi", strict=True))
+
+
+EVERYTHING = np.full((1, 2), -1, np.int32)
+
+
+def test_the_repetition_penalty_is_that_of_transformers():
+    torch = pytest.importorskip("torch")
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    logits = random_logits(2)
+    said = np.array([[3, 7, 3, 11], [0, 49, 20, 20]])
+    expected = [
+        RepetitionPenaltyLogitsProcessor(penalty)(
+            torch.tensor(said[row : row + 1]), torch.tensor(logits[row : row + 1])
+        )
+        for row, penalty in enumerate((1.7, 0.6))
+    ]
+    arrays = entries(*([(token, 0.0, 0) for token in set(row.tolist())] for row in said), batch=2, room=12)
+    none = np.zeros(2, np.float32)
+    adjusted = jax.jit(adjust)(logits, EVERYTHING.repeat(2, 0), np.array([1.7, 0.6], np.float32), none, none, *arrays)
+    np.testing.assert_allclose(adjusted, np.concatenate(expected), rtol=1e-6)
+
+
+def test_biases_penalties_and_the_mask_are_those_of_a_numpy_oracle():
+    rng = np.random.default_rng(5)
+    batch = 3
+    logits = random_logits(batch)
+    repetition, frequency, presence = (
+        rng.uniform(*ends, batch).astype(np.float32) for ends in ((0.5, 2), *[(-2, 2)] * 2)
+    )
+    allowed = rng.random((batch, VOCABULARY)) < 0.8
+    chosen = [
+        [(token, rng.normal(), rng.integers(-1, 4)) for token in rng.choice(VOCABULARY, 20, False)]
+        for _ in range(batch)
+    ]
+    expected = logits.astype(np.float64)
+    for row, own in enumerate(chosen):
+        for token, bias, times in own:
+            value = expected[row, token] + bias
+            if times >= 0:
+                value = value / repetition[row] if value > 0 else value * repetition[row]
+            expected[row, token] = value - frequency[row] * max(times, 0) - presence[row] * (times > 0)
+    expected[~allowed] = -np.inf
+    bits = np.packbits(np.pad(allowed, ((0, 0), (0, 64 - VOCABULARY))), axis=1, bitorder="little").view(np.int32)
+    arrays = entries(*chosen, batch=batch, room=64)
+    adjusted = jax.jit(adjust)(logits, bits, repetition, frequency, presence, *arrays)
+    np.testing.assert_allclose(adjusted, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_token_that_is_not_allowed_is_never_chosen(temperature):
+    logits = random_logits(500, seed=2)
+    logits[:, np.arange(VOCABULARY) % 7 != 3] = -np.inf
+    tokens, logprobs = draw(logits, **rows(500, temperature=temperature, top_p=0.9, seed=np.arange(500)))
+    assert set(tokens.tolist()) <= set(range(3, VOCABULARY, 7))
+    assert np.isfinite(logprobs).all()
+
+
+def test_the_report_equals_the_full_log_softmax():
+    logits = random_logits(30)
+    tokens = np.random.default_rng(3).integers(0, VOCABULARY, 30).astype(np.int32)
+    logprobs, likely, values = jax.jit(report, static_argnums=2)(logits, tokens, 20)
+    expected = scipy.special.log_softmax(logits.astype(np.float64), -1)
+    order = np.argsort(-expected, axis=-1, kind="stable")[:, :20]
+    np.testing.assert_array_equal(likely, order)
+    np.testing.assert_allclose(values, np.take_along_axis(expected, order, -1), atol=1e-5)
+    np.testing.assert_allclose(logprobs, expected[np.arange(30), tokens], atol=1e-5)

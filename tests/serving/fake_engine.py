@@ -33,16 +33,20 @@ def model_info(model_path, **changes):
 @dataclasses.dataclass
 class Live:
     request: object
+    index: int = 0
     generated: int = 0
 
 
 class FakeEngine:
-    """pace: seconds a step takes. crash: the next step raises. gate: steps wait for it."""
+    """pace: seconds a step takes. gate: steps wait for it.
+
+    crash: the next step raises. failing: it fails and says so, and the engine goes on.
+    """
 
     def __init__(self, info, pace=0.0):
         self.info = info
         self.pace = pace
-        self.crash = False
+        self.crash = self.failing = False
         self.gate = threading.Event()
         self.gate.set()
         self.submitted = []
@@ -60,7 +64,7 @@ class FakeEngine:
     def submit(self, request):
         if self.refusal is not None:
             raise self.refusal
-        if request.id in self._live:
+        if any(request.id == name for name, _ in self._live):
             raise DuplicateRequestError(request.id)
         if len(self._waiting) >= self.info.max_queue and len(self._live) >= self.info.max_running:
             raise QueueFullError(f"{len(self._waiting)} requests wait already (max_queue); try again later")
@@ -68,18 +72,19 @@ class FakeEngine:
             raise InvalidRequestError("max_tokens=499 can never fit: the KV cache is 400 tokens", "max_tokens")
         with self._news:
             self.submitted.append(request)
-            self._waiting.append(Live(request))
+            self._waiting += [Live(request, index) for index in range(request.params.n)]
             self._news.notify_all()
 
-    def cancel(self, request_id):
+    def cancel(self, request_id, index=None):
         with self._news:
-            self.cancelled.append(request_id)
+            self.cancelled.append(request_id if index is None else (request_id, index))
             self._waiting = [live for live in self._waiting if live.request.id != request_id]
-            found = self._live.pop(request_id, None)
-            if found:
-                self._aborted.append(Output(request_id, (), (), "abort"))
+            found = [key for key in self._live if key[0] == request_id and index in (None, key[1])]
+            for key in found:
+                del self._live[key]
+                self._aborted.append(Output(request_id, (), (), "abort", index=key[1]))
             self._news.notify_all()
-        return found is not None
+        return bool(found)
 
     def step(self):
         self.gate.wait()
@@ -87,11 +92,15 @@ class FakeEngine:
             threading.Event().wait(self.pace)
         if self.crash:
             raise RuntimeError("secret detail of the crash")
+        if self.failing:
+            self.failing, failed = False, [*self._live, *(live.request.id for live in self._waiting)]
+            self._live, self._waiting = {}, []
+            return [Output(key, (), (), "error", error="the step failed with SomeError") for key in failed]
         with self._news:
             outputs, self._aborted = self._aborted, []
             while self._waiting and len(self._live) < self.info.max_running:
                 live = self._waiting.pop(0)
-                self._live[live.request.id] = live
+                self._live[live.request.id, live.index] = live
             for key, live in list(self._live.items()):
                 outputs.append(self._advance(live))
                 if outputs[-1].finish_reason:
@@ -110,12 +119,20 @@ class FakeEngine:
             assert self._news.wait_for(lambda: predicate(self), timeout=20)
 
     def _advance(self, live):
-        request = live.request
-        token = request.prompt[live.generated % len(request.prompt)]
+        """Sample i begins i tokens later in the prompt. The likeliest tokens are those that follow the chosen one."""
+        request, params = live.request, live.request.params
+        token = request.prompt[(live.generated + live.index) % len(request.prompt)]
         logprob = -live.generated / 8
+        told = {"index": live.index}
+        if params.logprobs:
+            told["top_logprobs"] = (tuple((token + n, logprob - n) for n in range(params.logprobs)),)
+        if params.prompt_logprobs is not None and live.index == live.generated == 0:
+            told["prompt_logprobs"] = tuple(
+                (-float(n), tuple((n, -float(n)) for n in range(params.prompt_logprobs)))
+                for n in range(1, len(request.prompt))
+            )
         live.generated += 1
-        params = request.params
         if token in params.stop_token_ids or (token in self.info.eos_token_ids and not params.ignore_eos):
-            return Output(request.id, (token,), (logprob,), "stop", token)
+            return Output(request.id, (token,), (logprob,), "stop", token, **told)
         limit = min(params.max_tokens or self.info.max_context, self.info.max_context - len(request.prompt))
-        return Output(request.id, (token,), (logprob,), "length" if live.generated >= limit else None)
+        return Output(request.id, (token,), (logprob,), "length" if live.generated >= limit else None, **told)

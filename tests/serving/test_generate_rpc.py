@@ -6,6 +6,7 @@ from fake_engine import model_info
 from harness import error_detail, generate_request, serving
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 
+from jaxmoe.engine.request import Constraint, SamplingParams
 from jaxmoe.errors import InvalidRequestError, QueueFullError
 from jaxmoe.serving.servicer import _HONOURED, _LEFT_TO_CLIENT
 
@@ -24,7 +25,7 @@ def streamed_tokens(chunks):
 
 
 def test_deltas_add_up_to_the_answer_that_comes_whole(server):
-    fields = {"max_tokens": 50, "logprobs": 1}
+    fields = {"max_tokens": 50, "logprobs": 0}
     chunks, end = chunks_and_complete(server.generate(PROMPT, stream=True, **fields))
     none, whole = chunks_and_complete(server.generate(PROMPT, stream=False, **fields))
     assert none == []
@@ -55,17 +56,35 @@ def test_zero_means_unset(server):
             pb.GenerateRequest(text="one", sampling_params=pb.SamplingParams(max_tokens=1)), timeout=30
         )
     )
-    params = server.engine.submitted[-1].params
-    assert (params.temperature, params.top_k, params.top_p, params.seed) == (1.0, 0, 1.0, None)
+    assert server.engine.submitted[-1].params == SamplingParams(max_tokens=1)
 
 
 def test_what_is_asked_for_reaches_the_engine(server):
-    fields = {"temperature": 0.0, "top_k": 7, "top_p": 0.5, "seed": -3, "max_tokens": 2, "ignore_eos": True}
+    fields = {
+        "temperature": 0.0, "top_k": 7, "top_p": 0.5, "min_p": 0.25, "repetition_penalty": 1.5, "seed": -3,
+        "frequency_penalty": -0.5, "presence_penalty": 1.25, "logit_bias": {3: 1.5, 4: -100.0}, "n": 2,
+        "min_tokens": 1, "max_tokens": 2, "ignore_eos": True, "logprobs": 20, "prompt_logprobs": 0,
+    }  # fmt: skip
     list(server.generate(PROMPT, stop_token_ids=[9], data_parallel_rank=1, **fields))
     request = server.engine.submitted[-1]
     assert request.rank == 1
-    assert {name: getattr(request.params, name) for name in fields} == fields
-    assert request.params.stop_token_ids == (9,)
+    assert request.params == SamplingParams(stop_token_ids=(9,), **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "constraint"),
+    [
+        ({"json_schema": '{"type": "null"}'}, Constraint("json_schema", '{"type": "null"}')),
+        ({"regex": "a+"}, Constraint("regex", "a+")),
+        ({"grammar": "start: /a/"}, Constraint("grammar", "start: /a/")),
+        ({"structural_tag": "{}"}, Constraint("structural_tag", "{}")),
+        ({"json_object": True, "grammar_from_first_token": True}, Constraint("json_object")),
+        ({"choice": pb.ChoiceConstraint(choices=["a", "b"])}, Constraint("choice", choices=("a", "b"))),
+    ],
+)
+def test_a_constraint_reaches_the_engine(server, fields, constraint):
+    list(server.generate(PROMPT, max_tokens=1, **fields))
+    assert server.engine.submitted[-1].params.constraint == constraint
 
 
 def test_top_k_beyond_the_vocabulary_keeps_all(server):
@@ -96,6 +115,64 @@ def test_a_stop_string_across_tokens_ends_with_the_token_that_completes_it(serve
     assert (end.finish_reason, end.matched_stop_str, end.completion_tokens) == ("stop", "y END", len(expected))
     key = server.engine.submitted[-1].id
     server.engine.wait_until(lambda engine: key in engine.cancelled)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_samples_come_by_index_each_to_its_own_end(server, tokenizer, stream):
+    prompt = tokenizer.encode("one two END of the rest", add_special_tokens=False)
+    answers = list(server.generate(prompt, stream=stream, n=3, max_tokens=60, stop=["END of the rest"], logprobs=0))
+    chunks = [answer.chunk for answer in answers if answer.HasField("chunk")]
+    completes = {answer.complete.index: answer.complete for answer in answers if answer.HasField("complete")}
+    assert len(answers) == len(chunks) + 3
+    assert completes.keys() == {0, 1, 2}
+    shifted = {index: prompt[index:] + prompt[:index] for index in completes}
+    for index, end in completes.items():
+        own = [chunk for chunk in chunks if chunk.index == index]
+        tokens = streamed_tokens(own) if stream else list(end.output_ids)
+        expected = (shifted[index] * 60)[: len(tokens)]
+        assert tokens == expected
+        assert end.completion_tokens == len(tokens)
+        assert (end.finish_reason, end.matched_stop_str) == ("stop", "END of the rest")
+        told = own if stream else [end]
+        assert [value for each in told for value in each.output_logprobs.token_logprobs] == [
+            -n / 8 for n in range(len(tokens))
+        ]
+    key = server.engine.submitted[-1].id
+    # Those that begin later in the prompt reach the stop string sooner, and are cancelled one by one.
+    server.engine.wait_until(lambda engine: {key, (key, 2), (key, 1)} <= set(engine.cancelled))
+
+
+def test_an_abort_ends_all_samples(server):
+    call = server.generate(PROMPT, stream=True, n=2, request_id="two to abort")
+    next(call)
+    server.stub.Abort(pb.AbortRequest(request_ids=["two to abort"]), timeout=30)
+    ends = [message.complete for message in call if message.HasField("complete")]
+    assert {(end.index, end.finish_reason) for end in ends} == {(0, "abort"), (1, "abort")}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("prompt", [PROMPT, PROMPT[:1]], ids=len)
+def test_the_likeliest_tokens_and_those_of_the_prompt_are_told(server, stream, prompt):
+    answers = list(server.generate(prompt, stream=stream, max_tokens=4, logprobs=2, prompt_logprobs=3))
+    told = [answer.chunk for answer in answers[:-1]] if stream else [answers[0].complete]
+    top = [each for answer in told for each in answer.output_logprobs.top_logprobs]
+    generated = (prompt * 4)[:4]
+    assert [list(each.token_ids) for each in top] == [[token, token + 1] for token in generated]
+    assert [list(each.values) for each in top] == [[-n / 8, -n / 8 - 1] for n in range(4)]
+    assert not any(answer.HasField("input_logprobs") for answer in told[1:])
+    of_prompt = told[0].input_logprobs
+    assert of_prompt.token_ids == prompt
+    assert not of_prompt.token_logprobs[0].HasField("value")
+    assert [each.value for each in of_prompt.token_logprobs[1:]] == [-n for n in range(1, len(prompt))]
+    expected = [[], *([0, 1, 2] for _ in prompt[1:])]
+    assert [list(each.token_ids) for each in of_prompt.top_logprobs] == expected
+
+
+def test_a_stop_string_counts_once_there_are_enough_tokens(server, tokenizer):
+    prompt = tokenizer.encode("one END two", add_special_tokens=False)
+    ((end,),) = ([answer.complete for answer in server.generate(prompt, stop=["END"], min_tokens=8, max_tokens=90)],)
+    assert end.matched_stop_str == "END"
+    assert 8 < end.completion_tokens <= 8 + len(prompt)
 
 
 def test_truncation_keeps_the_last_tokens_of_the_prompt(server):
@@ -160,26 +237,17 @@ def test_a_live_id_is_taken_and_free_again_afterwards(server):
     assert whole.finish_reason == "length"
 
 
-def set_field(field):
-    """Some value for a field that is not its default."""
-    if field.message_type and field.message_type.GetOptions().map_entry:
-        return {3: 1.5}
-    if field.message_type:
-        return field.message_type._concrete_class()
-    value = {field.CPPTYPE_STRING: "x", field.CPPTYPE_BOOL: True}.get(field.cpp_type, 2)
-    return [value] if field.is_repeated else value
+def test_every_sampling_field_is_honoured_or_left_to_the_client():
+    assert {field.name for field in pb.SamplingParams.DESCRIPTOR.fields} == _HONOURED | _LEFT_TO_CLIENT
 
 
-@pytest.mark.parametrize(
-    "field",
-    [field for field in pb.SamplingParams.DESCRIPTOR.fields if field.name not in _HONOURED | _LEFT_TO_CLIENT],
-    ids=lambda field: field.name,
-)
-def test_a_sampling_field_that_is_not_honoured_is_refused_by_name(server, field):
-    error = server.refusal(PROMPT, **{field.name: set_field(field)})
-    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert field.name in error.details()
-    assert [v.field for v in error_detail(error, "BadRequest").field_violations] == [f"sampling_params.{field.name}"]
+def test_a_field_of_a_later_protocol_is_refused_by_its_number(server):
+    request = generate_request(PROMPT, max_tokens=1)
+    request.sampling_params.MergeFromString(b"\x98\x06\x01")  # field 99 is 1
+    with pytest.raises(grpc.RpcError) as error:
+        list(server.stub.Generate(request, timeout=30))
+    assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "SamplingParams.99" in error.value.details()
 
 
 @pytest.mark.parametrize(
@@ -223,8 +291,18 @@ def test_values_that_ask_for_nothing_pass(server):
         (PROMPT, {"max_tokens": 0}, "sampling_params.max_tokens", "max_tokens=0"),
         (PROMPT, {"max_tokens": 499}, "sampling_params.max_tokens", "the KV cache is 400 tokens"),
         (PROMPT, {"stop_token_ids": [600]}, "sampling_params.stop_token_ids", "600"),
-        (PROMPT, {"logprobs": 5}, "sampling_params.logprobs", "logprobs=5"),
+        (PROMPT, {"logprobs": 21}, "sampling_params.logprobs", "logprobs=21"),
         (PROMPT, {"logprobs": -1}, "sampling_params.logprobs", "logprobs=-1"),
+        (PROMPT, {"prompt_logprobs": -1}, "sampling_params.prompt_logprobs", "prompt_logprobs=-1"),
+        (PROMPT, {"min_p": 2.0}, "sampling_params.min_p", "min_p=2.0"),
+        (PROMPT, {"repetition_penalty": -1.0}, "sampling_params.repetition_penalty", "repetition_penalty=-1.0"),
+        (PROMPT, {"presence_penalty": 3.0}, "sampling_params.presence_penalty", "presence_penalty=3.0"),
+        (PROMPT, {"frequency_penalty": -3.0}, "sampling_params.frequency_penalty", "frequency_penalty=-3.0"),
+        (PROMPT, {"logit_bias": {512: 1.0}}, "sampling_params.logit_bias", "512"),
+        (PROMPT, {"n": 129}, "sampling_params.n", "n=129"),
+        (PROMPT, {"min_tokens": 3, "max_tokens": 2}, "sampling_params.min_tokens", "min_tokens=3"),
+        (PROMPT, {"regex": "a" * 300_000}, "sampling_params.regex", "regex of 300000 characters"),
+        (PROMPT, {"regex": "a", "ignore_eos": True}, "sampling_params.ignore_eos", "ignore_eos leaves regex no way"),
         (PROMPT, {"stop": [""]}, "sampling_params.stop", "0 characters"),
         (PROMPT, {"stop": ["x" * 513]}, "sampling_params.stop", "513 characters"),
         (PROMPT, {"stop": ["x"] * 33}, "sampling_params.stop", "33 stop strings"),

@@ -202,6 +202,14 @@ def test_the_server_ends_when_the_front_end_is_killed(checkpoint):
         assert "the front end is gone (exit code -9)" in log
 
 
+def test_a_step_that_fails_ends_its_requests_and_the_server_goes_on(checkpoint):
+    with serving(model_info(checkpoint)) as server:
+        server.engine.failing = True
+        error = server.refusal([5], max_tokens=3)
+        assert (error.code(), error.details()) == (grpc.StatusCode.INTERNAL, "the step failed with SomeError")
+        assert [m.complete.output_ids for m in server.generate([5], max_tokens=3)] == [[5, 5, 5]]
+
+
 def test_a_step_that_hangs_fails_its_requests_until_the_engine_is_back(checkpoint):
     with serving(model_info(checkpoint), step_timeout=0.2) as server:
         watch = health_pb2_grpc.HealthStub(server.channel).Watch(health_pb2.HealthCheckRequest(), timeout=60)

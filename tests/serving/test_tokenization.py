@@ -120,6 +120,22 @@ def test_the_answer_leaves_out_special_tokens_and_the_stop_string(tokenizer):
     assert answer.stopped
 
 
+def test_the_stop_string_is_shown_if_asked_for(tokenizer):
+    ids = tokenizer.encode("one two END of it")
+    answer = AnswerText(tokenizer, ["END"], include_stop=True)
+    assert "".join(answer.push([token]) for token in ids) == "one two END"
+
+
+def test_a_stop_string_among_the_first_tokens_is_passed_over(tokenizer):
+    ids = tokenizer.encode("END of it END now", add_special_tokens=False)
+    first = tokenizer.encode("END of", add_special_tokens=False)
+    for early in range(1, len(first) + 1):
+        answer = AnswerText(tokenizer, ["END"], min_tokens=early)
+        shown = "".join(answer.push([token]) for token in ids)
+        complete = len(tokenizer.decode(ids[:early])) >= len("END")
+        assert shown == ("END of it " if complete else "")
+
+
 def test_a_chat_template_is_rendered(tokenizer):
     messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
     assert tokenizer.render_chat(messages) == "<s><|user|>one</s><|assistant|>two</s><|assistant|>"

@@ -28,6 +28,7 @@ FAMILIES = {
     "llama4": "llama-4-maverick:scale=128,num_hidden_layers=4,vocab_size=128,num_local_experts=8,head_dim=16",
 }
 MIXTURES = 2
+OF_BATCH = ("sampling", "adjusting", "reporting")
 SPREAD = [("dp=2,ep=4", "ep", ("ep",)), ("dp=2,ep=4", "dp,ep", ("dp", "ep")), ("ep=8", "ep", ("ep",))]
 
 
@@ -48,8 +49,8 @@ def compiled(model, program):
         pages = (8,) * len(model.config.spans)
         cache = make_cache(model.config, model.mesh, model.rules, pages, 4, model.dtype)
         executables = Executables(model, cache, Packing(model.config.spans, 4))
-        if program == "sampling":
-            return collectives(executables.compile_sampling(DECODE.batch))
+        if program in OF_BATCH:
+            return collectives(getattr(executables, f"compile_{program}")(DECODE.batch))
         return collectives(executables.compile({"decode": DECODE, "prefill": PREFILL}[program]))
 
 
@@ -103,8 +104,9 @@ def test_scanned_layers_have_the_collectives_of_layers_written_out(program, fami
     assert scanned == written
 
 
-def test_sampling_has_no_collectives():
-    assert compiled(model_on("dp=2,ep=4"), "sampling") == []
+@pytest.mark.parametrize("program", OF_BATCH)
+def test_sampling_has_no_collectives(program):
+    assert compiled(model_on("dp=2,ep=4"), program) == []
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
