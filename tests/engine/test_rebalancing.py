@@ -6,12 +6,14 @@ import jax
 import numpy as np
 import pytest
 
+from jaxmoe.cli import rebalance_config
 from jaxmoe.engine.config import EngineConfig, Rebalance
 from jaxmoe.engine.engine import Engine
 from jaxmoe.engine.model import Model
 from jaxmoe.engine.request import Request, SamplingParams
 from jaxmoe.errors import ConfigError
 from jaxmoe.moe.balancing import plan
+from jaxmoe.serve import parse
 
 MIXTRAL = "mixtral-8x7b:scale=128,num_hidden_layers=2,vocab_size=128,num_attention_heads=4,num_key_value_heads=2"
 DEEPSEEK = "deepseek-v3:scale=128,num_hidden_layers=4,vocab_size=128,n_routed_experts=16"
@@ -251,3 +253,11 @@ def test_what_cannot_be_is_told_before_anything_moves(model):
 def test_settings_that_cannot_work_are_told(options, told):
     with pytest.raises(ConfigError, match=f"rebalance {told} must be"):
         Rebalance(**options)
+
+
+def test_what_the_command_line_asks_for():
+    assert rebalance_config(parse([])) is None
+    assert rebalance_config(parse(["--rebalance"])) == Rebalance()
+    asked = ["--rebalance-threshold", "0.8", "--rebalance-budget", "0.5", "--rebalance-deadline", "9", "--coverage"]
+    expected = Rebalance(threshold=0.8, bytes_per_step=1 << 19, deadline=9.0, devices_at_least=2)
+    assert rebalance_config(parse(asked)) == expected
