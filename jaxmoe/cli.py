@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from jaxmoe.engine.config import EngineConfig
+from jaxmoe.engine.config import EngineConfig, Rebalance
 from jaxmoe.errors import ConfigError
 
 COMPILE_CACHE = Path.home() / ".cache" / "jaxmoe" / "compiled"
@@ -28,6 +28,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("same", "bfloat16", "int8", "float8"),
         help="what experts' weights are kept in; 8 bits have a scale for every output channel of every expert "
         "(default: the dtype that is computed in)",
+    )
+    parser.add_argument(
+        "--placement", metavar="FILE", help="which slot holds which expert at the start, as an engine saved it"
+    )
+    parser.add_argument(
+        "--simulate-routing",
+        metavar="KIND",
+        help="for benchmarks, send tokens elsewhere than the routers do, which makes answers invalid: "
+        "uniform, normal, zipf:S, hot:N,SHARE, drift:S,CALLS or trace:FILE",
     )
     parser.add_argument(
         "--kernels",
@@ -106,6 +115,53 @@ def add_limit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-pages", type=int, help="KV pages of a rank (default: from memory, full batch at most)")
 
 
+def add_rebalance_arguments(parser: argparse.ArgumentParser) -> None:
+    """See `rebalance_config`."""
+    default = Rebalance()
+    group = parser.add_argument_group("experts that move while it serves")
+    group.add_argument("--rebalance", action="store_true", help="keep room for it; without more, only when asked to")
+    group.add_argument(
+        "--rebalance-interval", type=int, metavar="CALLS", default=0, help="look at the loads every so many calls"
+    )
+    group.add_argument(
+        "--rebalance-threshold",
+        type=float,
+        metavar="SHARE",
+        default=0.0,
+        help="move when balancedness is below this share of its ceiling",
+    )
+    group.add_argument(
+        "--rebalance-budget",
+        type=float,
+        metavar="MIB",
+        default=default.bytes_per_step / 2**20,
+        help="of weights that move in a step, at most (%(default)s)",
+    )
+    group.add_argument(
+        "--rebalance-deadline",
+        type=float,
+        metavar="SECONDS",
+        default=default.deadline,
+        help="after which what has not moved stays (%(default)s)",
+    )
+    group.add_argument(
+        "--coverage", action="store_true", help="keep each expert on two devices, so that any one of them may go"
+    )
+
+
+def rebalance_config(args: argparse.Namespace) -> Rebalance | None:
+    """From the arguments of `add_rebalance_arguments`; any of them asks for it. Raises ConfigError."""
+    if not (args.rebalance or args.rebalance_interval or args.rebalance_threshold or args.coverage):
+        return None
+    return Rebalance(
+        interval=args.rebalance_interval,
+        threshold=args.rebalance_threshold,
+        bytes_per_step=int(args.rebalance_budget * 2**20),
+        deadline=args.rebalance_deadline,
+        devices_at_least=1 + args.coverage,
+    )
+
+
 def add_profile_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile",
@@ -182,6 +238,8 @@ def model_options(args: argparse.Namespace) -> dict[str, Any]:
         "expert_weights": args.expert_weights,
         "expert_axes": args.expert_axes,
         "redundant_experts": args.redundant_experts,
+        "placement": args.placement,
+        "simulate_routing": args.simulate_routing,
         "execution": Execution(strategy=args.dispatch),
     }
 

@@ -17,6 +17,10 @@ class MeshError(JaxmoeError):
     """A mesh does not parse, or does not fit the devices or the model."""
 
 
+class MoveError(JaxmoeError):
+    """Experts could not be moved; they are where they were."""
+
+
 class InvalidRequestError(JaxmoeError):
     """A request cannot be served as asked; `field` names the offending parameter."""
 

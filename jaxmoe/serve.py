@@ -12,9 +12,11 @@ from jaxmoe.cli import (
     add_model_arguments,
     add_profile_arguments,
     add_random_weights,
+    add_rebalance_arguments,
     engine_config,
     model_options,
     profile_folder,
+    rebalance_config,
     use_compile_cache,
 )
 from jaxmoe.engine.config import EngineConfig
@@ -50,6 +52,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--drain-timeout", type=float, default=30.0, help="seconds to finish after SIGTERM (%(default)s)"
+    )
+    add_rebalance_arguments(parser)
+    parser.add_argument(
+        "--record-routing", metavar="FILE", help="write the experts of the first tokens there at the end, to replay"
     )
     add_profile_arguments(parser)
     parser.add_argument("--metrics-port", type=int, help="serve /metrics and /healthz over HTTP; 0 takes a free one")
@@ -93,8 +99,13 @@ def main(argv: list[str] | None = None) -> int:
         use_compile_cache(args.compile_cache)
         progress = StartProgress(report)
         report("loading weights")
-        model = load(args.model, random_weights=args.random_weights, progress=progress, **model_options(args))
+        options = model_options(args)
+        recording = args.record_routing is not None
+        options["execution"] = dataclasses.replace(options["execution"], record_routing=recording)
+        model = load(args.model, random_weights=args.random_weights, progress=progress, **options)
         engine = Engine(model, config, progress)
+        if recording:
+            ending.callback(engine.save_routing, args.record_routing)
         say(f"{model.describe()}; {engine.describe()}")
         say(engine.describe_programs())
         info = ModelInfo(
@@ -115,6 +126,7 @@ def main(argv: list[str] | None = None) -> int:
             mesh=str(model.mesh_spec),
             dtype=args.dtype,
             default_sampling_params=model.recommended_sampling,
+            invalid=model.invalid,
         )
         if folder is None:
             return server.Served(engine, info, Tables(engine))
@@ -125,7 +137,8 @@ def main(argv: list[str] | None = None) -> int:
         return server.Served(profiled, info, Tables(engine))
 
     try:
-        config, folder = engine_config(args, max_queue=args.max_queue), profile_folder(args)
+        config = engine_config(args, max_queue=args.max_queue, rebalance=rebalance_config(args))
+        folder = profile_folder(args)
         with contextlib.ExitStack() as ending:
             return server.run(
                 build_engine,

@@ -259,7 +259,7 @@ class Trainer:
         routed = jax.sharding.reshard(routed, P())
         loads = jnp.sum(jax.nn.one_hot(routed.experts[:, 0], self.config.experts), axis=(1, 2))
         if self.config.groups is None:
-            loss += self.recipe.router_aux * balance_loss(*routed)
+            loss += self.recipe.router_aux * balance_loss(routed.logits, routed.experts)
         return loss, (plain, loads)
 
     @functools.cached_property

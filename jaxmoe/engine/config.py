@@ -10,6 +10,36 @@ ACCELERATOR_SHARE, CPU_SHARE = 0.85, 0.25
 
 
 @dataclasses.dataclass(frozen=True)
+class Rebalance:
+    """When and how experts move while an engine serves. It may always be asked to, by `Engine.rebalance`.
+
+    interval: calls of compiled programs from one look at the loads to the next; 0 never looks.
+    threshold: moves experts when balancedness falls below this share of its ceiling; 0 does not.
+    bytes_per_step: of experts' weights that move in one step of the engine, at most, but at least one expert.
+    deadline: seconds after which what has not moved stays.
+    devices_at_least: that hold each expert of a copy; 2 keeps all experts reachable without any one device.
+    least_gain: a layer stays as it is unless its balancedness is to rise by more.
+    """
+
+    interval: int = 0
+    threshold: float = 0.0
+    bytes_per_step: int = 64 << 20
+    deadline: float = 600.0
+    devices_at_least: int = 1
+    least_gain: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name, least in (("interval", 0), ("bytes_per_step", 1), ("devices_at_least", 1)):
+            if not isinstance(value := getattr(self, name), int) or value < least:
+                raise ConfigError(f"rebalance {name}={value!r} must be a whole number of at least {least}")
+        for name in ("threshold", "least_gain"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise ConfigError(f"rebalance {name}={value!r} must be between 0 and 1")
+        if not self.deadline > 0:
+            raise ConfigError(f"rebalance deadline={self.deadline!r} must be more than 0 seconds")
+
+
+@dataclasses.dataclass(frozen=True)
 class EngineConfig:
     """The limits within which the engine batches requests. Per attention rank, unless said otherwise.
 
@@ -30,6 +60,7 @@ class EngineConfig:
     priority_ageing: steps of waiting that are worth one level of priority.
     warm_up: compile every step program before the first request, as a server must; without it each is compiled when a
         step first needs it, which suits a notebook.
+    rebalance: when experts may move while the engine serves; None keeps no room for that.
     """
 
     page_size: int = 16
@@ -43,11 +74,16 @@ class EngineConfig:
     prefix_cache: bool = True
     priority_ageing: int = 100
     warm_up: bool = True
+    rebalance: Rebalance | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(field.default, bool) or (value is None and field.default is None):
+            if (
+                field.name == "rebalance"
+                or isinstance(field.default, bool)
+                or (value is None and field.default is None)
+            ):
                 continue
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{field.name}={value!r} must be a whole number of at least 1")

@@ -4,8 +4,10 @@ import dataclasses
 import itertools
 import logging
 import secrets
+import time
 from collections.abc import Generator, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 
@@ -14,9 +16,12 @@ from jaxmoe.engine.kv_events import KvEventBatch
 from jaxmoe.engine.model import Model, Progress, no_progress
 from jaxmoe.engine.pages import PageGroup
 from jaxmoe.engine.programs import Program
+from jaxmoe.engine.rebalancing import Rebalancer, RebalanceReport
 from jaxmoe.engine.request import Output, Request, SamplingParams
 from jaxmoe.engine.runner import Runner
 from jaxmoe.engine.scheduler import RankLoad, Scheduler, Stats, StepPlan
+from jaxmoe.errors import ConfigError
+from jaxmoe.moe.statistics import LoadStatistics
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +84,7 @@ class Engine:
             eos_token_ids=frozenset(model.eos_token_ids),
             vocab_size=model.config.vocab_size,
         )
+        self._rebalancer = Rebalancer(model, self.statistics, config.rebalance) if config.rebalance else None
         self._names = itertools.count()
         self._unstarted: set[str] = set()
         self.last_step = StepReport()
@@ -117,6 +123,20 @@ class Engine:
         return self._runner.executables.late_compiles
 
     @property
+    def statistics(self) -> LoadStatistics:
+        """How evenly what was routed so far fell on experts and devices."""
+        return self._runner.statistics
+
+    def save_routing(self, path: str | Path) -> None:
+        """Writes the experts of the first tokens that were routed, for `trace:FILE`. Raises ConfigError.
+
+        The model must have been loaded with `Execution(record_routing=True)`.
+        """
+        if not self.model.execution.record_routing:
+            raise ConfigError("this engine does not record its routing; start it with --record-routing FILE")
+        self._runner.recorder.save(path)
+
+    @property
     def programs(self) -> tuple[Program, ...]:
         """What has been compiled so far."""
         return tuple(self._runner.executables.programs)
@@ -132,7 +152,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work
+        return self._scheduler.has_work or bool(self._rebalancer and self._rebalancer.active)
 
     def submit(self, request: Request) -> None:
         """Queues a request. Raises InvalidRequestError, QueueFullError or DuplicateRequestError and changes nothing."""
@@ -163,6 +183,7 @@ class Engine:
         then the engine is of no more use.
         """
         self.last_step = StepReport()
+        began = time.perf_counter()
         plan = self._scheduler.schedule()
         try:
             sampled = {} if plan.empty else self._runner.run(plan)
@@ -171,7 +192,25 @@ class Engine:
         if not plan.empty:
             self._failures = 0
         self.last_step = self._report(plan)
-        return self._scheduler.complete(plan, sampled)
+        outputs = self._scheduler.complete(plan, sampled)
+        if self._rebalancer:
+            self._rebalancer.step(0.0 if plan.empty else time.perf_counter() - began)
+        return outputs
+
+    def rebalance(self, slot_expert: Any = None) -> None:
+        """Begins to move experts, a few with each step, to a placement [L, S] or to what is planned for recent loads.
+
+        Raises ConfigError if the engine was not configured to (`EngineConfig.rebalance`), the placement does not fit or
+        experts are on the move already.
+        """
+        if self._rebalancer is None:
+            raise ConfigError("this engine keeps no room to move experts; start it with --rebalance")
+        self._rebalancer.start("call", slot_expert)
+
+    @property
+    def last_rebalance(self) -> RebalanceReport | None:
+        """Of the rebalance under way, else of the latest that there was."""
+        return self._rebalancer.report if self._rebalancer else None
 
     def _recover(self, plan: StepPlan, error: Exception) -> list[Output]:
         self._failures += 1

@@ -25,6 +25,7 @@ from jaxmoe.models.config import ModelConfig
 from jaxmoe.models.decoder import RANK_ROWS, Decoder, Execution, merge
 from jaxmoe.models.kv_cache import CacheShapes, KVCache, PagedContext
 from jaxmoe.moe.placement import Placement
+from jaxmoe.moe.statistics import count_loads
 from jaxmoe.ops.linear import Kernels
 from jaxmoe.ops.sampling import adjust, report, sample
 from jaxmoe.sharding.mesh import RANKS
@@ -35,6 +36,16 @@ PACKED = P(RANKS, None)
 COMPILE_THREADS = 2
 # A step program is small: splitting its code into 32 modules for parallel generation costs a CPU a fifth more time.
 CPU_OPTIONS: dict[str, Any] = {"xla_cpu_parallel_codegen_split_count": 1}
+
+
+class Routed(NamedTuple):
+    """What the mixtures of a step did.
+
+    counts: what each rank sent where (`moe.statistics.count_loads`). experts: of every row, if they are recorded.
+    """
+
+    counts: Int[Array, "R L counts"]
+    experts: Int[Array, "L R N K"] | None
 
 
 @runtime_checkable
@@ -56,13 +67,14 @@ class Forward(NamedTuple):
     """What a forward pass brings: the cache, updated in place, and what sampling goes by.
 
     logits: after each sequence's last token. sampling: a `Sampling`, packed. hidden: of a prefill, the states after the
-        final norm; else None.
+        final norm; else None. routed: None without mixtures.
     """
 
     cache: KVCache
     logits: Float[Array, "R B V"]
     sampling: Int[Array, "R B fields"]
     hidden: Hidden | None
+    routed: Routed | None
 
 
 class Executables:
@@ -138,17 +150,22 @@ class Executables:
 
         def forward(
             params: Any, placement: Placement, cache: KVCache, packed: Int[Array, "R words"]
-        ) -> tuple[KVCache, Float[Array, "R B V"], Int[Array, "R B fields"], Hidden | None]:
+        ) -> tuple[KVCache, Float[Array, "R B V"], Int[Array, "R B fields"], Hidden | None, Routed | None]:
             decoder = merge(model.abstract, params)
             batch = unpack_ranks(packed, packing, shape)
             context = PagedContext(cache, batch.tables, batch.firsts, batch.pieces)
-            hidden, written, _ = decoder(batch.tokens, batch.positions, placement, context, model.execution)
+            hidden, written, decided = decoder(batch.tokens, batch.positions, placement, context, model.execution)
             assert written is not None
             last, told = hidden, None
             if shape.tokens > 1:
                 last, told = pick_rows(hidden, batch.ends), hidden
             logits = decoder.logits(last, model.execution.kernels, batch.sequences_in_use)
-            return written.cache, logits.astype(jnp.float32), batch.sampling.pack(), told
+            routed = None
+            if decided is not None:
+                devices = decoder.rules.spec.expert_devices
+                counts = count_loads(decided.slots, placement.slot_expert.shape[1], devices)
+                routed = Routed(counts, decided.experts if model.execution.record_routing else None)
+            return written.cache, logits.astype(jnp.float32), batch.sampling.pack(), told, routed
 
         words = self._on_ranks((packing.words(shape),), jnp.int32)
         return self._build(str(shape), forward, 2, model.params, model.placement, self._cache_shape, words)

@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +26,24 @@ from jaxmoe.checkpoints.loader import (
 )
 from jaxmoe.checkpoints.native import is_native, load_native
 from jaxmoe.engine.pages import pages_reached
-from jaxmoe.errors import ConfigError, InvalidRequestError
+from jaxmoe.errors import ConfigError, InvalidRequestError, MoveError
 from jaxmoe.models.config import rules_for, split_sizes, text_config, token_ids
 from jaxmoe.models.decoder import RANK_ROWS, Decoder, Execution, merge
 from jaxmoe.models.kv_cache import PagedContext, make_cache
 from jaxmoe.models.presets import read_preset
 from jaxmoe.models.random_weights import random_params
 from jaxmoe.models.registry import family_of
-from jaxmoe.moe.moving import mover, slot_sources
-from jaxmoe.moe.placement import initial_placement, placement_of
+from jaxmoe.moe.moving import Mover, same, slot_sources
+from jaxmoe.moe.placement import initial_placement, placement_of, read_placement, write_placement
+from jaxmoe.moe.simulation import Simulated, Simulation
+from jaxmoe.moe.statistics import Exchange
 from jaxmoe.moe.strategy import Mixture, Strategy, check_strategy, choose
 from jaxmoe.ops import native
 from jaxmoe.ops.quantised import LARGEST, quantise
 from jaxmoe.sharding.devices import use_huge_pages, virtual_devices
 from jaxmoe.sharding.mesh import RANKS, MeshSpec, make_mesh, slots_for
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -59,6 +64,8 @@ class Model:
     dtype: what to compute in: float32, bfloat16 or float16.
     expert_weights: what the experts' weights are kept in: "bfloat16"; "int8" or "float8" (e4m3fn), with a float32 scale
         for every output channel of every expert; or the "same" dtype that is computed in.
+    simulate_routing: where benchmarks have tokens go instead (`moe.simulation.Simulation`); answers are then none.
+    placement: a file of `save_placement` to start from; it then says how many slots there are.
     kernels: "native", compiled here for a CPU, "xla", or "auto": native ones where they can be had.
     progress: called with a stage's name, what is done and what there is in all.
     """
@@ -75,6 +82,8 @@ class Model:
         redundant_experts: int = 0,
         kernels: str = "auto",
         expert_weights: str = "same",
+        placement: str | Path | None = None,
+        simulate_routing: str | None = None,
     ) -> None:
         if (folder is None) == (random_weights is None):
             raise ConfigError("give either the folder of a checkpoint or a preset for random weights")
@@ -117,10 +126,19 @@ class Model:
         self.execution = dataclasses.replace(execution, platform=platform, kernels=chosen)
         check_strategy(self.execution.strategy, self.execution.platform)
         slots = slots_for(config.experts, spec, redundant_experts)
-        placement = initial_placement(len(config.stacks["moe"]), config.experts, slots)
+        mixtures = len(config.stacks["moe"])
+        if placement is None:
+            slot_expert = np.asarray(initial_placement(mixtures, config.experts, slots).slot_expert)
+        else:
+            slot_expert = read_placement(placement, mixtures, config.experts, spec.expert_devices)
+            if redundant_experts and slot_expert.shape[1] != slots:
+                raise ConfigError(
+                    f"{placement} has {slot_expert.shape[1]} slots, redundant_experts={redundant_experts} asks for "
+                    f"{slots}; leave it out, the file says how many there are"
+                )
+            slots = slot_expert.shape[1]
         with jax.set_mesh(self.mesh):
             self.abstract: Decoder = nnx.eval_shape(lambda: family(config, slots, self.dtype, nnx.Rngs(0), self.rules))
-        slot_expert = np.asarray(placement.slot_expert)
         self.params = self._load(hf, slot_expert, functools.partial(progress, "loading weights"))
         stored = EXPERT_WEIGHTS[expert_weights]
         if stored is not None and config.stacks["moe"]:
@@ -130,7 +148,15 @@ class Model:
                 )
                 self.params["experts"] = _kept_in(self.params["experts"], jnp.dtype(stored))
         use_huge_pages(self.params)
-        self.placement = jax.device_put(placement, NamedSharding(self.mesh, P()))
+        self.masked_slots = np.zeros(slots, bool)
+        self._simulation: Simulation | None = None
+        self._drawn: tuple[Simulated, Array, Array] | None = None
+        if simulate_routing is not None:
+            if not mixtures:
+                raise ConfigError(f"{self.name} has no routing to simulate")
+            self._simulation = Simulation(simulate_routing, mixtures, config.experts, config.experts_per_token)
+            log.warning("%s", self.invalid)
+        self._put_placement(slot_expert)
 
     def _load(self, hf: Mapping[str, Any], slot_expert: np.ndarray, progress: Callable[[int, int], None]) -> Any:
         family = type(self.abstract)
@@ -166,7 +192,7 @@ class Model:
             f"{config.model_type} of {self.num_parameters / 1e6:,.1f} M parameters "
             f"({config.experts} experts, {config.experts_per_token} a token) in {self._describe_dtype()} "
             f"on {self.mesh_spec}, {self.mesh.devices.flat[0].device_kind}, "
-            f"{self.execution.kernels} kernels{self._describe_layout()}"
+            f"{self.execution.kernels} kernels{self._describe_layout()}{'; ' * bool(self.invalid)}{self.invalid}"
         )
 
     def _describe_dtype(self) -> str:
@@ -192,22 +218,74 @@ class Model:
         Steps read placement and weights as arguments, so nothing is compiled anew but, the first time, the move.
         Raises ConfigError, and changes nothing, on another shape or if an expert has no slot.
         """
-        old, new = np.asarray(self.placement.slot_expert), np.asarray(slot_expert, np.int32)
-        if new.shape != old.shape:
-            raise ConfigError(f"a placement of {new.shape} mixtures and slots does not fit {old.shape}")
-        placement = placement_of(new, self.config.experts)
-        stacks = self.params["experts"]
-        move = mover(self.mesh, self.rules, tuple(leaf.sharding.spec for leaf in stacks.values()))
-        leaves = tuple(stacks.values())
-        for layer in np.flatnonzero((old != new).any(axis=1)):
-            sources = slot_sources(old[layer], new[layer], self.mesh_spec.expert_devices)
-            leaves = move(leaves, np.int32(layer), sources)
-            # What was there before is gone with the call.
-            self.params["experts"] = dict(zip(stacks, leaves, strict=True))
+        new = self.checked_placement(slot_expert)
+        for layer in np.flatnonzero((self.slot_expert != new).any(axis=1)):
+            move = LayerMove(self, int(layer), new[layer])
+            while not move.fetched:
+                move.fetch()
+            move.commit()
+
+    def checked_placement(self, slot_expert: Int[np.ndarray, "L S"]) -> Int[np.ndarray, "L S"]:
+        """As it is, if this model could be placed so. Raises ConfigError."""
+        new = np.asarray(slot_expert, np.int32)
+        if new.shape != self.slot_expert.shape:
+            raise ConfigError(f"a placement of {new.shape} mixtures and slots does not fit {self.slot_expert.shape}")
+        placement_of(new, self.config.experts, self.masked_slots)
+        return new
+
+    def mask_devices(self, devices: Collection[int] = ()) -> None:
+        """Sends no token to these devices of any copy of the experts from the next step on; none: to all again.
+
+        Raises ConfigError, and changes nothing, unless each expert has a replica elsewhere.
+        """
+        spec, slots = self.mesh_spec, self.slot_expert.shape[1]
+        if unknown := sorted(set(devices) - set(range(spec.expert_devices))):
+            raise ConfigError(f"devices {unknown} cannot be masked; there are {spec.expert_devices} of them, from 0")
+        masked = np.isin(np.arange(slots) // (slots // spec.expert_devices), list(devices))
+        placement_of(self.slot_expert, self.config.experts, masked)
+        self.masked_slots = masked
+        self._put_placement(self.slot_expert)
+
+    def save_placement(self, path: str | Path) -> None:
+        """Writes which slot holds which expert, for a start from there (`placement`). Raises ConfigError."""
+        write_placement(path, self.slot_expert, self.config.experts, self.mesh_spec.expert_devices)
+
+    @functools.cached_property
+    def mover(self) -> Mover:
+        """What moves experts; compiled, and its room taken, when it is first asked for. Raises ConfigError."""
+        if not self.config.stacks["moe"]:
+            raise ConfigError(f"{self.name} has no experts to move")
+        return Mover(self.mesh, self.rules, self.params["experts"])
+
+    def _put_placement(self, slot_expert: Int[np.ndarray, "L S"]) -> None:
+        """From the next step on, tokens go where these slots are."""
+        placement = placement_of(slot_expert, self.config.experts, self.masked_slots)
         self.placement = jax.device_put(placement, NamedSharding(self.mesh, P()))
+        self.slot_expert = np.asarray(placement.slot_expert)
+        self.simulate(0)
+
+    def simulate(self, rows: int) -> None:
+        """Before each step of so many rows of all ranks; without simulated routing nothing to do."""
+        if self._simulation is None:
+            return
+        on_mesh, drawn = NamedSharding(self.mesh, P()), self._simulation.next(rows)
+        if self._drawn is None or drawn.scores is not self._drawn[0].scores:
+            self._drawn = (drawn, *jax.device_put((drawn.scores, drawn.trace), on_mesh))
+        _, scores, trace = self._drawn
+        simulated = Simulated(scores, trace, drawn.clock)
+        self.placement = self.placement._replace(simulated=simulated)
+
+    @property
+    def invalid(self) -> str:
+        """Why answers are no model's; "" if they are."""
+        return f"outputs are invalid: routing is simulated ({self._simulation.text})" if self._simulation else ""
 
     def strategy(self, tokens: int) -> Strategy:
         """How mixtures dispatch in a program of so many tokens a rank."""
+        return self.exchange(tokens).strategy
+
+    def exchange(self, tokens: int) -> Exchange:
+        """The same, with the shape of a mixture."""
         config, execution = self.config, self.execution
         shape = Mixture(
             tokens,
@@ -217,7 +295,7 @@ class Model:
             self.dtype.itemsize,
             execution.capacity_factor,
         )
-        return choose(execution.strategy, shape, execution.platform)
+        return Exchange(choose(execution.strategy, shape, execution.platform), shape)
 
     def logits(self, token_ids: Int[np.ndarray, "B T"] | Sequence[Sequence[int]]) -> Float[np.ndarray, "B T V"]:
         """Logits at every position of every row, float32, without a cache.
@@ -339,6 +417,50 @@ class Model:
             return model.logits(hidden, self.execution.kernels).astype(jnp.float32)
 
         return jax.jit(forward)
+
+
+class LayerMove:
+    """One layer of a model on its way to another placement, one expert after the other; until `commit` it is as it was.
+
+    of_layer: the expert of every slot. moves: how many of them change.
+    """
+
+    def __init__(self, model: Model, layer: int, of_layer: Int[np.ndarray, "S"]) -> None:
+        self._model, self._layer, self._of_layer = model, layer, of_layer
+        old = model.slot_expert[layer]
+        self._sources = slot_sources(old, of_layer, model.mesh_spec.expert_devices)
+        self._slots = np.flatnonzero(old != of_layer)
+        self._digests: list[tuple[Array, Array]] = []
+        self.moves = len(self._slots)
+
+    @property
+    def fetched(self) -> bool:
+        return len(self._digests) == self.moves
+
+    def fetch(self) -> None:
+        """Brings the next expert beside the layer."""
+        model, slot = self._model, int(self._slots[len(self._digests)])
+        source = int(self._sources[slot])
+        self._digests.append(model.mover.fetch(model.params["experts"], self._layer, source, slot))
+
+    def commit(self) -> None:
+        """Puts what was fetched in its slots, and has tokens go there, from the next step on.
+
+        Raises MoveError, and changes nothing, if an expert did not arrive as it was sent.
+        """
+        model = self._model
+        for slot, digests in zip(self._slots, self._digests, strict=True):
+            sent, there = map(np.asarray, digests)
+            if not same(sent, there, model.rules):
+                raise MoveError(
+                    f"expert {self._of_layer[slot]} of mixture {self._layer} reached slot {slot} other than it left "
+                    f"slot {self._sources[slot]}; the layer stays as it was"
+                )
+        placed = model.slot_expert.copy()
+        placed[self._layer] = self._of_layer
+        placement_of(placed, model.config.experts, model.masked_slots)
+        model.params["experts"] = model.mover.commit(model.params["experts"], self._layer, self._slots)
+        model._put_placement(placed)
 
 
 def _kept_in(experts: dict[str, Array], dtype: jnp.dtype) -> dict[str, Array]:

@@ -21,6 +21,8 @@ from jaxmoe.engine.request import Sampled
 from jaxmoe.engine.scheduler import Sequence, StepPlan
 from jaxmoe.errors import ConfigError
 from jaxmoe.models.kv_cache import KVCache, bytes_per_page, make_cache
+from jaxmoe.moe.simulation import Recorder
+from jaxmoe.moe.statistics import LoadStatistics
 from jaxmoe.sharding.devices import use_huge_pages
 from jaxmoe.spans import FULL
 
@@ -45,6 +47,11 @@ class Runner:
         self._packing = Packing(model.config.spans, config.page_size)
         self._buckets = buckets(config, self.max_context, self._packing, model.execution.kernels)
         self.executables = Executables(model, self._cache, self._packing)
+        spec = model.mesh_spec
+        self.statistics = LoadStatistics(
+            model.config.experts, spec.num_ranks // spec.expert_devices, spec.expert_devices, model.exchange
+        )
+        self.recorder = Recorder()
         self.grammars = Grammars(model.folder, model.config.vocab_size, model.eos_token_ids)
         self._adjuster = Adjuster(model.config.vocab_size, model.eos_token_ids, self.grammars)
         self._prompts = PromptReports()
@@ -109,15 +116,21 @@ class Runner:
                         self._prompts.take(chunk, of_prompts)
                     if chunk.samples:
                         sampled[chunk.sequence.request.id] = self._sampled(brought, rank, row, chunk.sequence)
+        self.statistics.settle()
         return sampled
 
     def _launch(self, shape: StepShape, ranks: Ranks) -> tuple[jax.Array, list[jax.Array]]:
         """Packed reports on what a call sampled, and on tokens of its prompts."""
         programs = self.executables
+        self.model.simulate(shape.rows * self.model.num_ranks)
         packed = self._packing.pack(shape, ranks)
         began = time.monotonic()
-        self._cache, logits, sampling, hidden = programs.forward(shape, self._cache, packed)
+        self._cache, logits, sampling, hidden, routed = programs.forward(shape, self._cache, packed)
         self.device_seconds += time.monotonic() - began
+        if routed is not None:
+            self.statistics.record(routed.counts, self.model.slot_expert, shape.rows)
+            if routed.experts is not None:
+                self.recorder.record(routed.experts)
         adjusted = logits
         for packed in self._adjuster.pack(shape.batch, ranks):
             adjusted = programs.adjust(adjusted, packed)

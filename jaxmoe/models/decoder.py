@@ -22,6 +22,7 @@ from jaxmoe.moe.dispatch import mixture
 from jaxmoe.moe.experts import Experts
 from jaxmoe.moe.placement import Placement, choose_slots
 from jaxmoe.moe.routing import Routing
+from jaxmoe.moe.simulation import simulated_routing
 from jaxmoe.ops.linear import Kernels, linear, linear_transposed
 from jaxmoe.ops.norms import rms_norm
 from jaxmoe.sharding.mesh import RANKS
@@ -37,6 +38,7 @@ class Execution:
 
     strategy, capacity_factor, platform: see `moe.dispatch.mixture`.
     kernels: of linear layers, experts and attention (`implementation` of these ops): "xla", or on a CPU "native".
+    record_routing: have steps give out each token's experts as well.
     unroll: write the layers out instead of scanning over them. Steps are equally fast on a CPU and programs three times
         longer to compile, so only training (whose gradients would pass through the scan) asks for it.
     """
@@ -45,14 +47,19 @@ class Execution:
     capacity_factor: float = 2.0
     platform: str = "cpu"
     kernels: Kernels = "xla"
+    record_routing: bool = False
     unroll: bool = False
 
 
 class Routed(NamedTuple):
-    """What the routers decided, for losses and statistics, by layer of the stack "moe". Padded rows have experts -1."""
+    """What the routers decided, for losses and statistics, by layer of the stack "moe".
+
+    Padded rows have experts and slots -1.
+    """
 
     logits: Float[Array, "L R N E"]
     experts: Int[Array, "L R N K"]
+    slots: Int[Array, "L R N K"]
 
 
 class Decoder(nnx.Module):
@@ -293,7 +300,7 @@ class Decoder(nnx.Module):
         )
         if self.config.shared_width:
             mixed = mixed + self.shared(x, layer, execution.kernels, in_use)
-        return mixed, Routed(logits, experts)
+        return mixed, Routed(logits, experts, slots)
 
     def logits(self, hidden: Hidden, kernels: Kernels = "xla", in_use: InUse = None) -> Logits:
         """Next-token logits in the dtype of `hidden`, the whole vocabulary on every device of a rank.
@@ -348,7 +355,11 @@ class Decoder(nnx.Module):
             of_layer = None if bias is None else bias[layer]
             rows = None if in_use is None else in_use[0]
             (logits,) = linear(x[0].astype(router.dtype), [router], layer, kernels, rows)
-            experts, weights = self.route(logits, of_layer, positions.reshape(-1) >= 0)
+            valid = positions.reshape(-1) >= 0
+            experts, weights = self.route(logits, of_layer, valid)
+            if placement.simulated is not None:
+                rank = jax.lax.axis_index(RANKS)
+                experts, weights = simulated_routing(placement.simulated, layer, rank, experts.shape[1], valid)
             slots = choose_slots(experts, placement.replica_slots[layer], placement.replica_count[layer])
             return logits[None], experts[None], weights[None], slots[None]
 

@@ -19,7 +19,7 @@ def softmax_top_k(logits: Float[Array, "N E"], k: int, valid: Bool[Array, "N"]) 
     probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
     weights, experts = jax.lax.top_k(probabilities, k)
     weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-    return _without_padding(experts, weights, valid)
+    return without_padding(experts, weights, valid)
 
 
 def sigmoid_group_top_k(
@@ -50,7 +50,7 @@ def sigmoid_group_top_k(
     weights = jnp.take_along_axis(scores, chosen, axis=-1)
     if normalise:
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
-    return _without_padding(chosen, weights * scale, valid)
+    return without_padding(chosen, weights * scale, valid)
 
 
 def top_k_sigmoid(logits: Float[Array, "N E"], k: int, valid: Bool[Array, "N"]) -> Routing:
@@ -60,8 +60,9 @@ def top_k_sigmoid(logits: Float[Array, "N E"], k: int, valid: Bool[Array, "N"]) 
     """
     best, experts = jax.lax.top_k(logits, k)
     weights = jax.nn.sigmoid(best.astype(jnp.float32)).astype(logits.dtype)
-    return _without_padding(experts, weights.astype(jnp.float32), valid)
+    return without_padding(experts, weights.astype(jnp.float32), valid)
 
 
-def _without_padding(experts: Int[Array, "N K"], weights: Float[Array, "N K"], valid: Bool[Array, "N"]) -> Routing:
+def without_padding(experts: Int[Array, "N K"], weights: Float[Array, "N K"], valid: Bool[Array, "N"]) -> Routing:
+    """As given, where `valid`."""
     return Routing(jnp.where(valid[:, None], experts, -1), jnp.where(valid[:, None], weights, 0.0))

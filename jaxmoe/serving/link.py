@@ -36,6 +36,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     page_size: tokens per KV page.
     prefix_cache: what enters and leaves it can be told.
     default_sampling_params: what the checkpoint recommends; told to gateways, which merge it into their requests.
+    invalid: why answers are no model's, which every response then says; "" if they are.
     """
 
     model_path: str
@@ -55,6 +56,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     mesh: str = ""
     dtype: str = ""
     default_sampling_params: dict[str, float] = {}
+    invalid: str = ""
 
 
 class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):

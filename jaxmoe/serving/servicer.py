@@ -98,6 +98,7 @@ _REQUEST_FIELDS = frozenset(("request_id", "tokenized", "text", "sampling_params
 _OFF: dict[str, tuple[Any, ...]] = {"kv_transfer_params_json": ("", "{}")}
 _TRACE_HEADERS = ("traceparent", "tracestate")
 _ENGINE_FIELDS = {"prompt": "input", "rank": "data_parallel_rank"}
+INVALID = "jaxmoe-invalid"  # initial metadata of answers that are no model's
 
 
 class Servicer(VllmEngineServicer):
@@ -255,6 +256,8 @@ class Servicer(VllmEngineServicer):
                 await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before the request began")
             rank = request.data_parallel_rank if request.HasField("data_parallel_rank") else None
             engine.submit(stream, prompt, params, rank)
+            if info.invalid:
+                await context.send_initial_metadata(((INVALID, info.invalid),))
             send = _send_stream if request.stream else _send_whole
             async with stream.reading():
                 await send(stream, context, prompt, params, logprobs=asked.HasField("logprobs"))

@@ -148,3 +148,13 @@ def test_a_deadline_that_has_passed_never_reaches_the_engine(checkpoint):
     sent = []
     asyncio.run(scenario())
     assert sent == []
+
+
+def test_answers_that_are_no_models_say_so(checkpoint, server):
+    with serving(model_info(checkpoint, invalid="outputs are invalid: routing is simulated (uniform)")) as invalid:
+        call = invalid.generate([5], stream=True, max_tokens=3)
+        assert dict(call.initial_metadata())["jaxmoe-invalid"] == "outputs are invalid: routing is simulated (uniform)"
+        list(call)
+    call = server.generate([5], max_tokens=3)
+    list(call)
+    assert "jaxmoe-invalid" not in dict(call.initial_metadata())
