@@ -41,7 +41,7 @@ constexpr int kLanes = 4, kSums = 24, kTileVecs = 4, kDepth = 8;
 #endif
 constexpr int kPair = 2 * kLanes, kPanel = kTileVecs * kLanes;
 constexpr int kBlockCols = 128;  // of a packed block, and of what one task computes of many rows
-constexpr int kBlockDepth = 256;
+constexpr int kBlockDepth = 128;  // a panel of it fits the first cache
 constexpr int kChunkRows = 264;   // of one task, at most
 constexpr int kStreamRows = 40;   // up to so many rows weights are not worth packing
 constexpr int kKeyBlock = 64;     // keys that attention takes at once; a multiple of it begins a block
