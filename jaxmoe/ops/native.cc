@@ -448,12 +448,6 @@ struct Few {
 
 constexpr int kManyRows = 24;  // more are bound by multiplications, and by where sums wait
 
-// Columns that one task takes: memory is read fastest along whole rows, as long as their sums stay in the second cache.
-inline int StreamCols(int rows, int cols) {
-  int most = rows > kManyRows ? 256 : 4096, tasks = (cols - 1) / most + 1;
-  return static_cast<int>(Rounded((cols - 1) / tasks + 1));
-}
-
 // All products at once; finish(product, row, col, cols, y) gets each row, whole or in pieces. Where tasks are few, each
 // takes a block of depth of its own, which lies in one piece of memory.
 template <bool kWholeRows, typename W, typename Finish>
@@ -463,17 +457,29 @@ void StreamAll(Team& team, const std::vector<Few<W>>& products, const Finish& fi
     int col, cols, k, depth;
     float* y;  // or none, if the task has all that its columns need
   };
-  constexpr size_t kManyTasks = 32;
-  size_t tasks_of_columns = 0, floats = 0;
-  for (const Few<W>& each : products) tasks_of_columns += (each.cols - 1) / StreamCols(each.rows, each.cols) + 1;
+  // Memory is read fastest along whole rows, as long as their sums stay in the second cache, and so do those of blocks.
+  constexpr int64_t kWidest = 4096, kNarrowest = 512, kTasks = 16, kManyTasks = 32, kSumsOfBlocks = 128 << 10;
+  int64_t all_cols = 0, widest_tasks = 0, block_sums = 0, floats = 0;
+  for (const Few<W>& each : products) {
+    all_cols += each.cols;
+    widest_tasks += (each.cols - 1) / kWidest + 1;
+    block_sums += static_cast<int64_t>((each.depth - 1) / kBlockDepth + 1) * each.rows * each.cols;
+  }
+  bool by_blocks = widest_tasks < kManyTasks && block_sums <= kSumsOfBlocks;
   auto blocks_of = [&](const Few<W>& each) {
-    return tasks_of_columns < kManyTasks && each.rows <= kManyRows ? (each.depth - 1) / kBlockDepth + 1 : 1;
+    return by_blocks && each.rows <= kManyRows ? (each.depth - 1) / kBlockDepth + 1 : 1;
+  };
+  auto width_of = [&](const Few<W>& each) {
+    int64_t most = each.rows > kManyRows ? 256
+                   : by_blocks           ? kWidest
+                                         : std::clamp(all_cols / kTasks, kNarrowest, kWidest);
+    return static_cast<int>(Rounded((each.cols - 1) / ((each.cols - 1) / most + 1) + 1));
   };
   auto needs_sums = [&](const Few<W>& each) {
-    return blocks_of(each) > 1 || (kWholeRows && StreamCols(each.rows, each.cols) < each.cols);
+    return blocks_of(each) > 1 || (kWholeRows && width_of(each) < each.cols);
   };
   for (const Few<W>& each : products)
-    if (needs_sums(each)) floats += static_cast<size_t>(blocks_of(each)) * each.rows * each.cols;
+    if (needs_sums(each)) floats += static_cast<int64_t>(blocks_of(each)) * each.rows * each.cols;
   Scratch scratch(floats);
   std::vector<Task> tasks;
   std::vector<std::pair<size_t, int>> rows;  // whose sums are finished when all tasks are done
@@ -484,7 +490,7 @@ void StreamAll(Team& team, const std::vector<Few<W>>& products, const Finish& fi
     bool kept = needs_sums(each);
     sums.push_back(y);
     for (int row = 0; kept && row < each.rows; ++row) rows.push_back({i, row});
-    int deep = blocks_of(each) > 1 ? kBlockDepth : each.depth, wide = StreamCols(each.rows, each.cols);
+    int deep = blocks_of(each) > 1 ? kBlockDepth : each.depth, wide = width_of(each);
     for (int k = 0; k < each.depth; k += deep) {
       for (int col = 0; col < each.cols; col += wide)
         tasks.push_back({i, col, std::min(wide, each.cols - col), k, std::min(deep, each.depth - k), kept ? y + col : nullptr});
@@ -500,7 +506,7 @@ void StreamAll(Team& team, const std::vector<Few<W>>& products, const Finish& fi
     for (int row = 0; !task.y && row < each.rows; ++row) finish(task.product, row, task.col, task.cols, to + row * task.cols);
   });
   // Threads share only what is worth waking them for.
-  size_t at_once = std::max<size_t>(1, rows.size() * (32 << 10) / std::max<size_t>(floats, 1));
+  size_t at_once = std::max<size_t>(1, rows.size() * (32 << 10) / std::max<int64_t>(floats, 1));
   team.Run((rows.size() + at_once - 1) / at_once, [&](int64_t index) {
     for (size_t at = index * at_once; at < std::min(rows.size(), (index + 1) * at_once); ++at) {
       auto [product, row] = rows[at];
