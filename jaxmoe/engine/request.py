@@ -1,6 +1,7 @@
 """What a client asks for, and what the engine answers step by step. Plain data: imports neither jax nor grpc."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Literal, NamedTuple, TypeAlias
@@ -74,12 +75,12 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     constraint: Constraint | None = None
 
-    @property
+    @functools.cached_property
     def penalises(self) -> bool:
         """Logits depend on which tokens there are already."""
         return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
 
-    @property
+    @functools.cached_property
     def needs_last_token(self) -> bool:
         """The host must know a token before the next can be chosen; all other parameters work without."""
         return self.penalises or self.constraint is not None

@@ -134,7 +134,9 @@ class Runner:
         adjusted = logits
         for packed in self._adjuster.pack(shape.batch, ranks):
             adjusted = programs.adjust(adjusted, packed)
+        began = time.monotonic()
         out = programs.sample(adjusted, sampling)
+        self.device_seconds += time.monotonic() - began
         asked = any(chunk.sequence.request.params.logprobs for chunks in ranks for chunk in chunks if chunk.samples)
         if asked or adjusted is not logits:
             out = programs.report(logits, out)
