@@ -115,6 +115,16 @@ class LoadReport:
     exchanged_bytes: int
 
 
+class CallLoads(NamedTuple):
+    """Of single calls, the oldest first, in tokens x K: what the step times of a benchmark are compared with.
+
+    fullest: on the fullest device of any copy of the experts. even: on each device, if all had as much.
+    """
+
+    fullest: Int[np.ndarray, "calls L"]
+    even: Float[np.ndarray, "calls"]
+
+
 class _Call(NamedTuple):
     counts: Array | np.ndarray  # [R, L, slots + devices]
     slot_expert: Int[np.ndarray, "layers S"]
@@ -127,6 +137,7 @@ class _Block(NamedTuple):
     calls: int
     experts: Int[np.ndarray, "L E"]
     devices: Int[np.ndarray, "copies L D"]
+    fullest: Int[np.ndarray, "calls L"]
     balance: Float[np.ndarray, "calls L"]
     sizes: Int[np.ndarray, "calls copies"]
     rounds: Int[np.ndarray, "calls L"]
@@ -226,6 +237,16 @@ class LoadStatistics:
         none = np.zeros((self._copies, len(self._none()), self._num_devices), np.int64)
         return sum((block.devices for block in self._blocks), none)
 
+    def calls(self) -> CallLoads:
+        """Of every call within the window; there are none before the first."""
+        self.settle(1)
+        none = CallLoads(np.zeros((0, len(self._none())), np.int64), np.zeros(0))
+        of_blocks = (
+            CallLoads(block.fullest, block.sizes.sum(axis=1) / (self._copies * self._num_devices))
+            for block in self._blocks
+        )
+        return CallLoads(*(np.concatenate(arrays) for arrays in zip(none, *of_blocks, strict=True)))
+
     def average(self) -> Float[np.ndarray, "L E"]:
         """The exponential moving average of `experts`, of one call."""
         self.settle(1)
@@ -259,6 +280,7 @@ class LoadStatistics:
                 number,
                 self._by_expert(total.sum(axis=0), slot_expert).astype(np.int64),
                 loads.sum(axis=0),
+                loads.max(axis=(1, 3), initial=0),
                 np.where(seen > 0, of_calls, np.nan),
                 loads[:, :, :1].sum(axis=(2, 3)),
                 rounds,

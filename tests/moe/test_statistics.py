@@ -67,6 +67,9 @@ def test_loads_come_back_by_logical_expert_and_by_device_of_every_copy(slots):
     rounds = np.ceil(most / SHAPE.capacity)
     assert (report.rounds, report.most_rounds) == (pytest.approx(rounds.mean()), rounds.max())
     assert rounds.max() > 1
+    fullest, even = of.calls()
+    assert fullest.tolist() == 3 * [(of.devices() // 3).max(axis=(0, 2)).tolist()]
+    assert even.tolist() == 3 * [(slots[0] >= 0).sum() / (2 * DEVICES)]
     assert report.exchanged_bytes == 3 * RANKS * sum(sum(sent_bytes("all_to_all", SHAPE, int(n))) for n in rounds)
 
 
@@ -100,6 +103,7 @@ def test_the_worst_layer_is_told_and_what_placement_could_still_win():
 def test_the_window_forgets_and_the_average_fades():
     of, slot_expert = statistics(window=2 * BLOCK, half_life=BLOCK), initial_placement(1, EXPERTS, 8).slot_expert
     assert of.report() is None
+    assert of.calls().fullest.size == 0
     early, late = (np.zeros((RANKS, 1, 8 + DEVICES), np.int32) for _ in range(2))
     early[0, 0, 3], late[0, 0, 5] = 1, 1
     for counts, calls in ((early, 3 * BLOCK), (late, 2 * BLOCK)):
