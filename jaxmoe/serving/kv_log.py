@@ -1,6 +1,7 @@
 """What the prefix caches hold, as gateways are told of it: numbered without a gap, and resumable. No jax, no grpc."""
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -16,22 +17,26 @@ class Told(NamedTuple):
 
 
 class KvLog:
-    """Follows the engine's batches: keeps the last `most`, and for who comes too late for these every rank's state."""
+    """Follows the engine's batches: keeps the last `most`, and for who comes too late for these every rank's state.
 
-    def __init__(self, num_ranks: int, most: int = 4096) -> None:
+    before: the number before its first. By default the microseconds since 1970, so that no number from before a restart
+        is taken for one of this log's: who comes with such a one is told the state.
+    """
+
+    def __init__(self, num_ranks: int, most: int = 4096, before: int | None = None) -> None:
         self._history: deque[KvEventBatch] = deque(maxlen=max(most, num_ranks))
         # By rank, hash of a page: its parent's and its tokens.
         self._stored: list[dict[int, tuple[int | None, tuple[int, ...]]]] = [{} for _ in range(num_ranks)]
-        self._last = 0
+        self._before = self._last = time.time_ns() // 1000 if before is None else before
         self.changed = asyncio.Event()
 
     @property
     def last(self) -> int:
-        """Number of the newest batch; 0 before the first."""
+        """Number of the newest batch."""
         return self._last
 
     def take(self, batches: Sequence[KvEventBatch]) -> None:
-        for batch in batches:
+        for batch in (each._replace(number=self._before + each.number) for each in batches):
             self._last = batch.number
             self._history.append(batch)
             for event in batch.events:
@@ -39,11 +44,14 @@ class KvLog:
         self.changed.set()
 
     def since(self, number: int) -> list[Told]:
-        """From this number on; or, if that was too long ago or is no number of ours, a snapshot of every rank."""
-        if not self._history:
-            return []
-        if self._history[0].number <= max(number, 1) <= self._last + 1:
-            return [Told(batch) for batch in self._history if batch.number >= number]
+        """From this number on; or, if that was too long ago or is no number of ours, a snapshot of every rank.
+
+        0 is the present state: all that there was, or a snapshot.
+        """
+        oldest = self._history[0].number if self._history else self._last + 1
+        begin = number or self._before + 1
+        if oldest <= begin <= self._last + 1:
+            return [Told(batch) for batch in self._history if batch.number >= begin]
         # Consecutive numbers that end with the newest, after which what happens goes on.
         before = self._last - len(self._stored) + 1
         return [

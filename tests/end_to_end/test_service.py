@@ -11,13 +11,17 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fuzzing
 import grpc
 import openai
 import pytest
 from google.rpc import error_details_pb2, status_pb2
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from smg_grpc_proto.generated import common_pb2
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from smg_grpc_proto.generated.vllm_engine_pb2_grpc import VllmEngineStub
@@ -30,6 +34,8 @@ ROOT = Path(__file__).parents[2]
 GRPCURL = Path(sys.executable).with_name("grpcurl")
 SERVICE = "vllm.grpc.engine.VllmEngine"
 MAX_BATCH, MAX_QUEUE, RANKS, CONTEXT = 2, 4, 4, 512
+AT_ONCE = 8  # requests of any kind
+BROKEN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN, grpc.StatusCode.DATA_LOSS)
 TALK = [{"role": "user", "content": "Who art thou?"}]
 
 
@@ -96,13 +102,15 @@ class Service:
 
 
 @pytest.fixture(scope="module")
-def service(pytestconfig):
+def service(pytestconfig, tmp_path_factory):
     inherited = {name: value for name, value in os.environ.items() if name not in ("NPROC", "XLA_FLAGS")}
     environment = {**inherited, "JAX_COMPILATION_CACHE_DIR": str(pytestconfig.cache.mkdir("served"))}
     grpc_port, http_port = free_port(), free_port()
     limits = {"max-batch": MAX_BATCH, "max-queue": MAX_QUEUE, "max-context": CONTEXT, "max-prefill-tokens": 64}
     command = [sys.executable, "-m", "jaxmoe.gateway", "--mesh", "dp=2,ep=2", f"--http-port={http_port}"]
     command += [f"--port={grpc_port}", "--metrics-port=0", "--log-level=info", "--log-format=json"]
+    placement = tmp_path_factory.mktemp("placement") / "placement.json"
+    command += ["--rebalance", "--routed-experts", f"--save-placement={placement}"]
     command += [f"--{name}={value}" for name, value in limits.items()]
     command += ["--", f"--prometheus-port={free_port()}"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
@@ -149,6 +157,9 @@ def test_grpcurl_finds_its_way(service):
     code, told, error = service.grpcurl("describe", SERVICE)
     assert code == 0, error
     assert "stream .vllm.grpc.engine.GenerateResponse" in told
+    code, told, error = service.grpcurl("describe", f"{SERVICE}.Generate")
+    assert code == 0, error
+    assert "rpc Generate" in told
 
 
 def test_grpcurl_generates_with_the_least_of_fields(service):
@@ -301,6 +312,131 @@ def test_an_operator_sees_how_the_model_lies_and_what_it_took(service):
     assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
+def test_an_operator_sees_experts_moves_them_and_keeps_where_they_are(service):
+    list(service.generate(text="In the beginning", max_tokens=20))
+    load = service.admin.GetExpertLoad(admin_pb2.GetExpertLoadRequest(), timeout=60)
+    assert load.assignments == sum(sum(layer.experts) for layer in load.layers) > 0
+    for layer in load.layers:
+        assert [len(copy.devices) for copy in layer.copies] == [2, 2]
+        assert sum(sum(copy.devices) for copy in layer.copies) == sum(layer.experts)
+    assert 0.5 <= load.worst_balancedness <= load.balancedness <= 1
+    before = service.admin.GetPlacement(admin_pb2.GetPlacementRequest())
+    reversed_ones = admin_pb2.StartRebalanceRequest(
+        mixtures=[
+            admin_pb2.MixturePlacement(layer=mixture.layer, slot_expert=mixture.slot_expert[::-1])
+            for mixture in before.mixtures
+        ]
+    )
+    expected = list(service.generate(text="In the beginning", max_tokens=40))[-1].complete.output_ids
+    running = service.generate(text="In the beginning", max_tokens=40)
+    assert service.admin.StartRebalance(reversed_ones, timeout=60).trigger == "call"
+    assert list(running)[-1].complete.output_ids == expected
+    deadline = time.monotonic() + 60
+    while (told := service.admin.GetRebalance(admin_pb2.GetRebalanceRequest(), timeout=60)).outcome == "running":
+        assert time.monotonic() < deadline
+    assert (told.outcome, told.moved_experts) == ("done", 8 * len(before.mixtures))
+    after = service.admin.GetPlacement(admin_pb2.GetPlacementRequest())
+    assert list(after.mixtures) == list(reversed_ones.mixtures)
+    saved = json.loads(Path(service.admin.SavePlacement(admin_pb2.SavePlacementRequest()).path).read_text())
+    assert saved["slot_expert"] == [list(mixture.slot_expert) for mixture in after.mixtures]
+    list(service.generate(text="In the beginning", max_tokens=2))
+    metrics = service.admin.GetMetrics(admin_pb2.GetMetricsRequest(prefix="jaxmoe:")).samples
+    assert {"jaxmoe:expert_balancedness", "jaxmoe:moved_experts_total"} <= {sample.name for sample in metrics}
+    reversed_ones.mixtures[0].slot_expert[0] = 99
+    for wrong, status in [
+        (lambda: service.admin.StartRebalance(reversed_ones, timeout=60), grpc.StatusCode.INVALID_ARGUMENT),
+        (
+            lambda: service.stub.StartProfile(common_pb2.StartProfileRequest(), timeout=60),
+            grpc.StatusCode.FAILED_PRECONDITION,
+        ),
+    ]:
+        with pytest.raises(grpc.RpcError) as error:
+            wrong()
+        assert error.value.code() is status
+
+
+def test_where_each_token_went_is_streamed(service):
+    prompt = pb.TokenizedInput(input_ids=range(50, 59))
+    params = pb.SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    request = pb.GenerateRequest(tokenized=prompt, sampling_params=params, stream=True)
+    call = service.stub.Generate(request, metadata=[("jaxmoe-routed-experts", "1")], timeout=60)
+    told = [admin_pb2.RoutedTokens.FromString(each.chunk.SerializeToString()).routed_experts for each in call][:-1]
+    k, layers = told[0].k, told[0].layers
+    assert (k, layers) == (2, len(service.admin.GetPlacement(admin_pb2.GetPlacementRequest()).mixtures))
+    experts = [expert for each in told for expert in each.experts]
+    assert len(experts) == (9 + 5 - 1) * layers * k
+    assert set(experts) <= set(range(8))
+    assert all(one != other for one, other in zip(experts[::2], experts[1::2], strict=True))
+
+
+def test_a_burst_at_an_idle_server_finds_all_its_places(service):
+    service.wait_until_free()
+    calls = [service.generate(text="In the beginning", max_tokens=4) for _ in range(MAX_BATCH * RANKS + MAX_QUEUE)]
+    assert [list(call)[-1].complete.finish_reason for call in calls] == ["length"] * len(calls)
+
+
+def test_whatever_is_sent_the_server_stays_and_others_do_not_notice(service, pytestconfig):
+    count, asked = pytestconfig.getoption("--fuzz"), {"text": "In the beginning", "max_tokens": 24}
+
+    def control():
+        while True:
+            try:
+                return list(service.generate(**asked))[-1].complete.output_ids
+            except grpc.RpcError as error:
+                if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:  # a place in the queue is not sure
+                    return [str(error)]
+
+    expected, over, seen = list(control()), threading.Event(), []
+
+    def keep_asking():
+        while not over.is_set():
+            seen.append(list(control()))
+
+    statuses: Counter[grpc.StatusCode] = Counter()
+    wrong = []
+
+    @settings(
+        max_examples=max(1, count // AT_ONCE), deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(st.lists(fuzzing.calls(), min_size=AT_ONCE, max_size=AT_ONCE))
+    def fuzz(calls):
+        for call, status in zip(
+            calls, pool.map(lambda call: fuzzing.send(service.channel, *call[:2], 0.5), calls), strict=True
+        ):
+            statuses[status] += 1
+            if status in BROKEN or (status is grpc.StatusCode.INTERNAL and call[2]):
+                wrong.append((status, call[0].full_name, call[1]))
+        assert not wrong
+
+    beside = threading.Thread(target=keep_asking)
+    beside.start()
+    try:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            fuzz()
+    finally:
+        over.set()
+        beside.join()
+    print(f"{sum(statuses.values())} requests: {dict(statuses)}; the control {len(seen)} times")
+    assert statuses[grpc.StatusCode.OK] > 0
+    assert statuses[grpc.StatusCode.INVALID_ARGUMENT] > 0
+    assert all(tokens == expected for tokens in [*seen, list(control())])
+    assert service.stub.HealthCheck(pb.HealthCheckRequest(), timeout=30).healthy
+    service.wait_until_free()
+
+
+def test_openai_passes_tools_through(client):
+    parameters = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    tools = [{"type": "function", "function": {"name": "count", "description": "counts", "parameters": parameters}}]
+    asked = {"model": "mixtral", "messages": TALK, "tools": tools, "max_completion_tokens": 100, "temperature": 0}
+    told = client.chat.completions.create(**asked, tool_choice="auto").choices[0]
+    assert told.message.content or told.message.tool_calls
+    # A weak model calls a function if it must: by a grammar that the gateway makes of the tools.
+    called = client.chat.completions.create(**asked, tool_choice="required").choices[0]
+    (call,) = called.message.tool_calls
+    assert call.function.name == "count"
+    assert isinstance(json.loads(call.function.arguments)["n"], int)
+
+
 def test_top_and_the_client_see_the_same_server(service):
     with jaxmoe.client.connect(service.address) as client:
         answer = client.generate("In the beginning", max_tokens=8, temperature=0)
@@ -315,6 +451,7 @@ def test_top_and_the_client_see_the_same_server(service):
     )
     assert ran.returncode == 0, ran.stderr
     assert "mixtral  serving" in ran.stdout
+    assert "an expert a column" in ran.stdout
 
 
 def test_a_text_is_scored_as_its_tokens_are_told(service):

@@ -8,13 +8,16 @@ from jaxmoe.engine.kv_events import KvEvent, KvEventBatch
 from jaxmoe.serving.kv_log import KvLog
 
 STORED = KvEvent("stored", (11, 12), None, tuple(range(32)))
+CLEARED = (KvEvent("cleared"),)
 CHILD = KvEvent("stored", (13,), 12, tuple(range(32, 48)))
 
 
 def test_who_comes_late_is_told_the_state_and_then_what_happens():
     async def scenario():
-        log = KvLog(num_ranks=2, most=2)
-        assert log.since(0) == log.since(7) == []
+        log = KvLog(num_ranks=2, most=2, before=100)
+        assert log.since(0) == log.since(101) == []
+        # A number from before a restart, when nothing has happened since.
+        assert [(told.batch.number, told.batch.events) for told in log.since(77)] == [(99, CLEARED), (100, CLEARED)]
         batches = [
             KvEventBatch(1, 0, (STORED,)),
             KvEventBatch(2, 1, (KvEvent("stored", (21,), None, tuple(range(16))),)),
@@ -22,13 +25,14 @@ def test_who_comes_late_is_told_the_state_and_then_what_happens():
             KvEventBatch(4, 1, (KvEvent("cleared"),)),
         ]
         log.take(batches[:2])
-        assert [told.batch for told in log.since(0)] == batches[:2]
+        numbered = [batch._replace(number=100 + batch.number) for batch in batches]
+        assert [told.batch for told in log.since(0)] == numbered[:2]
         log.take(batches[2:])
-        assert [told.batch for told in log.since(3)] == batches[2:]
-        assert log.since(5) == []
-        for number in (0, 1, 2, 99):
+        assert [told.batch for told in log.since(103)] == numbered[2:]
+        assert log.since(105) == []
+        for number in (0, 1, 101, 102, 199):
             first, second = log.since(number)
-            assert (first.batch.number, second.batch.number) == (3, 4)
+            assert (first.batch.number, second.batch.number) == (103, 104)
             assert (first.blocks, second.blocks) == (2, 0)
             # 12's parent is gone, and 13 comes after 12.
             stored = [(12, 11, tuple(range(16, 32))), (13, 12, tuple(range(32, 48)))]
@@ -56,7 +60,10 @@ def test_subscribers_follow_the_engine_each_from_where_it_asks(checkpoint):
         server.engine.kv_batches = [KvEventBatch(1, 0, (STORED,)), KvEventBatch(2, 1, (KvEvent("cleared"),))]
         list(server.generate([5], max_tokens=1))
         batches = [next(first), next(first)]
-        assert [(batch.sequence_number, batch.dp_rank) for batch in batches] == [(1, 0), (2, 1)]
+        number = batches[0].sequence_number
+        assert number > 2**50  # no number from before a restart is as high
+        assert [(batch.sequence_number, batch.dp_rank) for batch in batches] == [(number, 0), (number + 1, 1)]
+        assert [batch.load.max_running_requests for batch in batches] == [48, 48]
         stored = batches[0].events[0].stored
         assert not stored.HasField("parent_block_hash")
         assert [(block.block_hash, list(block.token_ids), block.block_size) for block in stored.blocks] == [
@@ -64,14 +71,30 @@ def test_subscribers_follow_the_engine_each_from_where_it_asks(checkpoint):
             (12, list(range(16, 32)), 16),
         ]
         assert batches[1].events[0].HasField("cleared")
-        resumed = subscribe(2)
-        assert next(resumed).sequence_number == 2
+        resumed = subscribe(number + 1)
+        assert next(resumed).sequence_number == number + 1
         server.engine.kv_batches = [KvEventBatch(3, 0, (CHILD, KvEvent("removed", (12,))))]
         list(server.generate([5], max_tokens=1))
         for call in (first, resumed):
-            batch = next(call)
-            assert batch.sequence_number == 3
+            batch = next(batch for batch in call if not batch.load.load_only)
+            assert batch.sequence_number == number + 2
             assert batch.events[0].stored.parent_block_hash == 12
             assert batch.events[1].removed.block_hashes == [12]
-        first.cancel()
-        resumed.cancel()
+        # When nothing happens in the cache any more, what ranks carry is told all the same.
+        record = next(batch for batch in first if batch.load.load_only)
+        assert (record.sequence_number, len(record.events)) == (number + 2, 0)
+        assert record.load.cache_hit_rate in (0.75, 0)
+        before = subscribe()
+        for call in (first, resumed, before):
+            call.cancel()
+
+
+def test_a_subscriber_may_ask_for_loads_before_anything_has_happened(checkpoint):
+    with serving(model_info(checkpoint, prefix_cache=True)) as server:
+        call = server.stub.SubscribeKvEvents(
+            common_pb2.SubscribeKvEventsRequest(load_records_before_first_batch=True), timeout=30
+        )
+        records = [next(call), next(call)]
+        assert [(record.sequence_number, record.dp_rank) for record in records] == [(0, 0), (0, 1)]
+        assert all(record.load.load_only for record in records)
+        call.cancel()
