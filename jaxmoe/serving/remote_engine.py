@@ -462,20 +462,18 @@ class RemoteEngine:
             self._kv_log = KvLog(self.info.num_ranks)
             self.link.send(WatchKvEvents())
         log = self._kv_log
-        number = start
+        batches, place = log.begin(start)
         while self.phase is not Phase.ENDED:
-            log.changed.clear()
-            batches = log.since(number)
             for told in batches:
                 yield told
-                number = told.batch.number + 1
-            # What came while this one was told is there already; the event is shared, and another may have cleared it.
-            if batches and number <= log.last:
-                continue
-            try:
-                await asyncio.wait_for(log.changed.wait(), pause)
-            except TimeoutError:
-                yield None
+            log.changed.clear()
+            # What came while these were told is there already; the event is shared, and another may have cleared it.
+            batches, place = log.after(place)
+            if not batches and self.phase is not Phase.ENDED:
+                try:
+                    await asyncio.wait_for(log.changed.wait(), pause)
+                except TimeoutError:
+                    yield None
 
     async def _answered(self, ask: Callable[[int], ToEngine]) -> bytes:
         """What the engine answers to a frame with a number."""

@@ -253,7 +253,8 @@ class Servicer(VllmEngineServicer):
         if not info.prefix_cache:
             await _unimplemented(context, "this server has no prefix cache to tell of")
         await context.send_initial_metadata(())  # a subscriber waits for it, and events may not come for long
-        last = 0 if request.load_records_before_first_batch else None
+        # A record alone has the number of its rank's last batch.
+        last = dict.fromkeys(range(info.num_ranks), 0) if request.load_records_before_first_batch else {}
         records = _LoadRecords(self._engine)
         async with contextlib.aclosing(self._engine.kv_events(request.start_sequence_number, _HEARTBEAT)) as events:
             async for told in events:
@@ -261,15 +262,14 @@ class Servicer(VllmEngineServicer):
                     batch = _kv_batch(told, info.page_size)
                     if (record := records.of_rank(told.batch.rank)) is not None:
                         batch.load.CopyFrom(record)
-                    last = batch.sequence_number
+                    last[told.batch.rank] = batch.sequence_number
                     await context.write(batch)
-                elif last is not None:
-                    for rank, record in records.beat():
-                        await context.write(
-                            common_pb2.KvEventBatch(
-                                sequence_number=last, timestamp=time.time(), dp_rank=rank, load=record
-                            )
-                        )
+                    continue
+                for rank, record in records.beat():
+                    if rank in last:
+                        message = common_pb2.KvEventBatch(sequence_number=last[rank], dp_rank=rank, load=record)
+                        message.timestamp = time.time()
+                        await context.write(message)
         await context.abort(grpc.StatusCode.UNAVAILABLE, self._engine.reason)
 
     async def _generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:

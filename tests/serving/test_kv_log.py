@@ -12,38 +12,69 @@ CLEARED = (KvEvent("cleared"),)
 CHILD = KvEvent("stored", (13,), 12, tuple(range(32, 48)))
 
 
+def numbered(batches, before=100):
+    """As a log numbers them: each rank's by itself."""
+    last = {}
+    for _, rank, events in batches:
+        last[rank] = last.get(rank, before) + 1
+        yield KvEventBatch(last[rank], rank, events)
+
+
+BATCHES = [
+    KvEventBatch(1, 0, (STORED,)),
+    KvEventBatch(2, 1, (KvEvent("stored", (21,), None, tuple(range(16))),)),
+    KvEventBatch(3, 0, (CHILD, KvEvent("removed", (11,)))),
+    KvEventBatch(4, 1, CLEARED),
+]
+
+
+def batches_of(told):
+    assert all(each.blocks is None for each in told)
+    return [each.batch for each in told]
+
+
 def test_who_comes_late_is_told_the_state_and_then_what_happens():
     async def scenario():
         log = KvLog(num_ranks=2, most=2, before=100)
-        assert log.since(0) == log.since(101) == []
+        told = list(numbered(BATCHES))
+        assert log.begin(0) == ([], 0)
         # A number from before a restart, when nothing has happened since.
-        assert [(told.batch.number, told.batch.events) for told in log.since(77)] == [(99, CLEARED), (100, CLEARED)]
-        batches = [
-            KvEventBatch(1, 0, (STORED,)),
-            KvEventBatch(2, 1, (KvEvent("stored", (21,), None, tuple(range(16))),)),
-            KvEventBatch(3, 0, (CHILD, KvEvent("removed", (11,)))),
-            KvEventBatch(4, 1, (KvEvent("cleared"),)),
-        ]
-        log.take(batches[:2])
-        numbered = [batch._replace(number=100 + batch.number) for batch in batches]
-        assert [told.batch for told in log.since(0)] == numbered[:2]
-        log.take(batches[2:])
-        assert [told.batch for told in log.since(103)] == numbered[2:]
-        assert log.since(105) == []
-        for number in (0, 1, 101, 102, 199):
-            first, second = log.since(number)
-            assert (first.batch.number, second.batch.number) == (103, 104)
+        assert [(each.batch.number, each.batch.events) for each in log.begin(77)[0]] == [(100, CLEARED)] * 2
+        log.take(BATCHES[:2])
+        begun, place = log.begin(0)
+        assert batches_of(begun) == told[:2]
+        log.take(BATCHES[2:])
+        assert batches_of(log.after(place)[0]) == told[2:]
+        assert log.after(log.begin(0)[1])[0] == []
+        for begun in (log.begin(0), log.begin(1), log.begin(102), log.begin(199), log.after(0)):
+            (first, second), place = begun
+            assert log.after(place) == ([], place)
+            assert (first.batch.number, second.batch.number) == (102, 102)
             assert (first.blocks, second.blocks) == (2, 0)
             # 12's parent is gone, and 13 comes after 12.
             stored = [(12, 11, tuple(range(16, 32))), (13, 12, tuple(range(32, 48)))]
-            told = [event for event in first.batch.events if event.kind == "stored"]
             pages = [
                 (page, event.parent if n == 0 else event.hashes[n - 1], event.token_ids[16 * n : 16 * n + 16])
-                for event in told
+                for event in first.batch.events
+                if event.kind == "stored"
                 for n, page in enumerate(event.hashes)
             ]
             assert pages == stored
             assert first.batch.events[0].kind == second.batch.events[0].kind == "cleared"
+
+    asyncio.run(scenario())
+
+
+def test_the_subscriber_of_one_rank_goes_on_where_it_was():
+    async def scenario():
+        log = KvLog(num_ranks=1, most=2, before=100)
+        assert log.begin(101) == ([], 0)
+        log.take([KvEventBatch(n, 0, (STORED,)) for n in (1, 2, 3)])
+        assert [batch.number for batch in batches_of(log.begin(102)[0])] == [102, 103]
+        assert log.begin(104) == ([], 3)
+        for number in (0, 101, 105):  # no longer, and not yet
+            (snapshot,), _ = log.begin(number)
+            assert (snapshot.batch.number, snapshot.blocks) == (103, 2)
 
     asyncio.run(scenario())
 
@@ -62,7 +93,7 @@ def test_subscribers_follow_the_engine_each_from_where_it_asks(checkpoint):
         batches = [next(first), next(first)]
         number = batches[0].sequence_number
         assert number > 2**50  # no number from before a restart is as high
-        assert [(batch.sequence_number, batch.dp_rank) for batch in batches] == [(number, 0), (number + 1, 1)]
+        assert [(batch.sequence_number, batch.dp_rank) for batch in batches] == [(number, 0), (number, 1)]
         assert [batch.load.max_running_requests for batch in batches] == [48, 48]
         stored = batches[0].events[0].stored
         assert not stored.HasField("parent_block_hash")
@@ -72,17 +103,21 @@ def test_subscribers_follow_the_engine_each_from_where_it_asks(checkpoint):
         ]
         assert batches[1].events[0].HasField("cleared")
         resumed = subscribe(number + 1)
-        assert next(resumed).sequence_number == number + 1
+        snapshots = [next(resumed), next(resumed)]
+        assert [(each.sequence_number, each.dp_rank, each.snapshot.blocks) for each in snapshots] == [
+            (number, 0, 2),
+            (number, 1, 0),
+        ]
         server.engine.kv_batches = [KvEventBatch(3, 0, (CHILD, KvEvent("removed", (12,))))]
         list(server.generate([5], max_tokens=1))
         for call in (first, resumed):
             batch = next(batch for batch in call if not batch.load.load_only)
-            assert batch.sequence_number == number + 2
+            assert batch.sequence_number == number + 1
             assert batch.events[0].stored.parent_block_hash == 12
             assert batch.events[1].removed.block_hashes == [12]
         # When nothing happens in the cache any more, what ranks carry is told all the same.
         record = next(batch for batch in first if batch.load.load_only)
-        assert (record.sequence_number, len(record.events)) == (number + 2, 0)
+        assert (record.sequence_number - number, len(record.events)) == ({0: 1, 1: 0}[record.dp_rank], 0)
         assert record.load.cache_hit_rate in (0.75, 0)
         before = subscribe()
         for call in (first, resumed, before):
