@@ -27,7 +27,7 @@ from jaxmoe.serving.link import BindFailed, Bound, FrontendConfig
 from jaxmoe.serving.metrics import MetricsServer
 from jaxmoe.serving.proto.admin_pb2_grpc import add_AdminServicer_to_server
 from jaxmoe.serving.remote_engine import Phase, RemoteEngine
-from jaxmoe.serving.security import BearerAuth, Tokens, server_credentials
+from jaxmoe.serving.security import BearerAuth, Decoding, Tokens, server_credentials
 from jaxmoe.serving.servicer import SERVICE, Servicer
 from jaxmoe.serving.tracing import Tracer
 
@@ -133,7 +133,7 @@ async def _start(
         engine.tracer = tracer = Tracer(config.otlp_endpoint)
         ending.push_async_callback(asyncio.to_thread, tracer.close)
     bearer = None if config.auth_token_file is None else BearerAuth(Tokens(config.auth_token_file))
-    server = grpc.aio.server(options=_OPTIONS, interceptors=[bearer] if bearer else None)
+    server = grpc.aio.server(options=_OPTIONS, interceptors=[*([bearer] if bearer else []), Decoding()])
     vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server(Servicer(engine, bearer=bearer is not None), server)
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     add_AdminServicer_to_server(Admin(engine, drain.set), server)

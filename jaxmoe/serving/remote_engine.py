@@ -271,6 +271,7 @@ class RemoteEngine:
         stalled until it is heard of again.
     read_timeout: seconds that a client has to read the rest of an answer once it has ended.
     max_client_requests: that one caller may have open at once; 0 for no limit.
+    last_word: when the engine was last heard of, by the monotonic clock.
     """
 
     def __init__(
@@ -303,8 +304,8 @@ class RemoteEngine:
         self._keys = itertools.count()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._last_word = time.monotonic()
-        self._reported: tuple[list[RankLoad], float] = ([], self._last_word)
+        self.last_word = time.monotonic()
+        self._reported: tuple[list[RankLoad], float] = ([], self.last_word)
         self._loads: asyncio.Future[list[RankLoad]] | None = None
         self._kv_log: KvLog | None = None
         self._tables: dict[int, asyncio.Future[bytes]] = {}
@@ -378,7 +379,7 @@ class RemoteEngine:
         if stream.ended:
             return
         if not self._live:
-            self._last_word = time.monotonic()
+            self.last_word = time.monotonic()
         timeline = stream.timeline
         timeline.prompt_tokens, timeline.max_tokens, timeline.samples = len(prompt), params.max_tokens, params.n
         stream.rank = rank
@@ -421,7 +422,7 @@ class RemoteEngine:
     @property
     def silence(self) -> float | None:
         """Seconds without word from an engine that has work; None if it has none."""
-        return time.monotonic() - self._last_word if self._live else None
+        return time.monotonic() - self.last_word if self._live else None
 
     async def loads(self) -> list[RankLoad]:
         """What each attention rank carries now. Raises UnavailableError if the engine does not say."""
@@ -469,7 +470,7 @@ class RemoteEngine:
             log.changed.clear()
             # What came while these were told is there already; the event is shared, and another may have cleared it.
             batches, place = log.after(place)
-            if not batches and self.phase is not Phase.ENDED:
+            if not batches and not self.ended.is_set():
                 try:
                     await asyncio.wait_for(log.changed.wait(), pause)
                 except TimeoutError:
@@ -507,7 +508,7 @@ class RemoteEngine:
         """Never returns: looks after the step timeout."""
         while True:
             await asyncio.sleep(self._step_timeout / 8)
-            if self._live and time.monotonic() - self._last_word > self._step_timeout:
+            if self._live and time.monotonic() - self.last_word > self._step_timeout:
                 self.metrics.stalled()
                 reason = f"the engine has not finished a step in {self._step_timeout:g} s"
                 logger.error("%s; its %d requests fail", reason, len(self._live))
@@ -516,14 +517,14 @@ class RemoteEngine:
                 self._fail_all(UnavailableError(reason))
 
     def _receive(self, frame: ToFrontend) -> None:
-        self._last_word = time.monotonic()
+        self.last_word = time.monotonic()
         if self.phase is Phase.STALLED:
             self._turn(Phase.SERVING, "serving")
         match frame:
             case Outputs(outputs, step):
                 self._deliver(outputs, step)
             case Report(ranks):
-                self._reported = (ranks, self._last_word)
+                self._reported = (ranks, self.last_word)
                 self.metrics.report(frame)
             case Rejected(key, kind, message, field):
                 if stream := self._live.pop(key, None):
@@ -556,7 +557,7 @@ class RemoteEngine:
             for key in step.started:
                 if stream := self._live.get(key):
                     stream.timeline.started = step.began
-        stopped, now = [], self._last_word
+        stopped, now = [], self.last_word
         for output in outputs:
             stream = self._live.get(output.request_id)
             if stream is None:  # withdrawn; the engine did not know yet

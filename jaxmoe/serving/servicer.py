@@ -491,6 +491,9 @@ class _LoadRecords:
         self._engine = engine
         self._sample = self._beats = 0
         self._told: dict[int, common_pb2.EngineLoad] = {}
+        self._heard: float | None = None
+        self._waiting: list[int] = []
+        self._uncached: list[int] = []
 
     def of_rank(self, rank: int) -> common_pb2.EngineLoad | None:
         """Beside an event; None before the engine has told anything."""
@@ -501,6 +504,7 @@ class _LoadRecords:
         """Of ranks where something has changed, and now and then of all."""
         ranks, age = self._engine.reported
         self._beats += 1
+        self._heard = None  # requests come though the engine is silent
         for number, rank in enumerate(ranks):
             record = self._record(ranks, number, age)
             silence = self._engine.silence
@@ -523,10 +527,14 @@ class _LoadRecords:
     def _record(self, ranks: Sequence[RankLoad], number: int, age: float) -> common_pb2.EngineLoad:
         engine, rank = self._engine, ranks[number]
         self._sample += 1
+        if self._heard != engine.last_word:  # once for all that a step brings
+            self._heard = engine.last_word
+            self._waiting = waiting_by_rank(ranks, engine.unplaced(ranks))
+            self._uncached = engine.waiting_tokens(len(ranks))
         return common_pb2.EngineLoad(
             running_requests=rank.running,
-            waiting_requests=waiting_by_rank(ranks, engine.unplaced(ranks))[number],
-            waiting_uncached_tokens=engine.waiting_tokens(len(ranks))[number],
+            waiting_requests=self._waiting[number],
+            waiting_uncached_tokens=self._uncached[number],
             token_usage=_usage(rank),
             active_token_usage=_usage(rank),
             gen_throughput=rank.throughput if engine.num_live else 0.0,
