@@ -177,3 +177,14 @@ def test_answers_that_are_no_models_say_so(checkpoint, server):
     call = server.generate([5], max_tokens=3)
     list(call)
     assert "jaxmoe-invalid" not in dict(call.initial_metadata())
+
+
+@pytest.mark.parametrize("method", ["Generate", "GetLoads", "SubscribeKvEvents"])
+def test_bytes_that_are_no_message_are_refused_and_logged_nowhere(server, capfd, method):
+    streams = server.channel.unary_stream if method != "GetLoads" else server.channel.unary_unary
+    call = streams(f"/vllm.grpc.engine.VllmEngine/{method}", request_serializer=None, response_deserializer=None)
+    with pytest.raises(grpc.RpcError) as error:
+        list(call(b"\xff\xff", timeout=30))
+    assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "reflection" in error.value.details()
+    assert capfd.readouterr().err == ""
