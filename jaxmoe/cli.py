@@ -174,12 +174,15 @@ def add_profile_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def profile_folder(args: argparse.Namespace) -> Path | None:
-    """Where `--profile` asks to record, made if need be. Raises ConfigError if that cannot be."""
+def profile_folder(args: argparse.Namespace, least: int = 1) -> Path | None:
+    """Where `--profile` asks to record, made if need be. Raises ConfigError if that cannot be.
+
+    least: steps to record.
+    """
     if args.profile is None:
         return None
-    if args.profile_steps < 1:
-        raise ConfigError(f"--profile-steps {args.profile_steps} must be at least 1")
+    if args.profile_steps < least:
+        raise ConfigError(f"--profile-steps {args.profile_steps} must be at least {least}")
     try:
         args.profile.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -38,10 +38,12 @@ from jaxmoe.errors import (
     QueueFullError,
     UnavailableError,
 )
+from jaxmoe.serving.routed import ASKS, read_routed
 from jaxmoe.serving.tokenization import AnswerText, Delta, Tokenizer, unpack_files
 
 Prompt: TypeAlias = str | Sequence[int]
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
+Metadata: TypeAlias = Sequence[tuple[str, str]]
 
 _INT32 = range(-(2**31), 2**31)
 _OPTIONS = [
@@ -188,7 +190,7 @@ class Client:
         except JaxmoeError as error:
             tokenizer = error
         text = _answer_text(tokenizer, prompt, stop, asked.min_tokens)
-        responses = self._call(self._stub.Generate, request, timeout)
+        responses = self._call(self._stub.Generate, request, timeout, _asks(asked))
         with contextlib.closing(responses):
             for response in responses:
                 yield _delta(response, text)
@@ -210,13 +212,15 @@ class Client:
         (answer,) = self._call(self._stub.Generate, _request(prompt, _SCORING), timeout)
         return _score(answer)
 
-    def _call(self, method: Any, request: Any, timeout: float | None = None) -> Generator[Any, None, None]:
+    def _call(
+        self, method: Any, request: Any, timeout: float | None = None, metadata: Metadata = ()
+    ) -> Generator[Any, None, None]:
         """What a method answers, one message or many. Tries again while nothing has come of it."""
         attempts = _Attempts(self.address, self.access.retries, timeout)
         while True:
             call = None
             try:
-                call = method(request, metadata=self.access.metadata, timeout=attempts.time_left)
+                call = method(request, metadata=[*self.access.metadata, *metadata], timeout=attempts.time_left)
                 if not isinstance(call, grpc.Call):
                     yield call
                     return
@@ -275,7 +279,7 @@ class AsyncClient:
         except JaxmoeError as error:
             tokenizer = error
         text = _answer_text(tokenizer, prompt, stop, asked.min_tokens)
-        responses = self._call(self._stub.Generate, request, timeout)
+        responses = self._call(self._stub.Generate, request, timeout, _asks(asked))
         async with contextlib.aclosing(responses):
             async for response in responses:
                 yield _delta(response, text)
@@ -297,10 +301,12 @@ class AsyncClient:
         (answer,) = [answer async for answer in self._call(self._stub.Generate, _request(prompt, _SCORING), timeout)]
         return _score(answer)
 
-    async def _call(self, method: Any, request: Any, timeout: float | None = None) -> AsyncGenerator[Any, None]:
+    async def _call(
+        self, method: Any, request: Any, timeout: float | None = None, metadata: Metadata = ()
+    ) -> AsyncGenerator[Any, None]:
         attempts = _Attempts(self.address, self.access.retries, timeout)
         while True:
-            call = method(request, metadata=self.access.metadata, timeout=attempts.time_left)
+            call = method(request, metadata=[*self.access.metadata, *metadata], timeout=attempts.time_left)
             try:
                 if isinstance(call, grpc.aio.UnaryUnaryCall):
                     yield await call
@@ -413,9 +419,13 @@ def _answer_text(
 def _delta(response: pb.GenerateResponse, text: AnswerText | None) -> Delta:
     if response.HasField("chunk"):
         tokens = tuple(response.chunk.token_ids)
-        return Delta(tokens, text.push(tokens) if text else "")
+        return Delta(tokens, text.push(tokens) if text else "", routed_experts=read_routed(response.chunk))
     tokens = tuple(response.complete.output_ids)
     return Delta(tokens, text.push(tokens, last=True) if text else "", response.complete.finish_reason)
+
+
+def _asks(params: SamplingParams) -> Metadata:
+    return [(ASKS, "1")] if params.routed_experts else []
 
 
 def _whole(deltas: Sequence[Delta]) -> Answer:
@@ -441,6 +451,8 @@ def as_jaxmoe_error(error: grpc.RpcError, address: str) -> JaxmoeError:
     match error.code():
         case grpc.StatusCode.INVALID_ARGUMENT:
             return InvalidRequestError(text)
+        case grpc.StatusCode.FAILED_PRECONDITION:
+            return ConfigError(text)
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
             return QueueFullError(text)
         case grpc.StatusCode.ALREADY_EXISTS:

@@ -23,6 +23,14 @@ from jaxmoe.serving.security import is_loopback
 _LOOK_INTERVAL = 0.2
 # The gateway is ended when the server has drained: what is left to do is to tell its clients.
 _GRACE, _PATIENCE = 2, 5.0
+# Ends a process as SIGTERM does when the one that started it is gone, whatever ended that: the wish outlives `exec`.
+_TETHERED = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,8 +129,11 @@ def _child(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A process that a Ctrl-C at the terminal does not reach; terminated at the end of the block.
 
+    On Linux it does not outlive this one, even if that is killed.
     ended: set when it ends.
     """
+    if sys.platform == "linux":
+        command = [sys.executable, "-c", _TETHERED, str(os.getpid()), *command]
     process = subprocess.Popen(command, env=environment, process_group=0)
 
     def watch() -> None:

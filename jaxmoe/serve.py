@@ -57,6 +57,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--record-routing", metavar="FILE", help="write the experts of the first tokens there at the end, to replay"
     )
+    parser.add_argument(
+        "--routed-experts", action="store_true", help="tell who asks which experts each token of a request went to"
+    )
+    parser.add_argument(
+        "--save-placement", metavar="FILE", help="where jaxmoe.v1.Admin/SavePlacement writes which slot holds what"
+    )
     add_profile_arguments(parser)
     parser.add_argument("--metrics-port", type=int, help="serve /metrics and /healthz over HTTP; 0 takes a free one")
     parser.add_argument("--metrics-host", default="127.0.0.1", help="address for these (default: %(default)s)")
@@ -94,6 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         # Imported once the port is open: JAX takes a second.
         from jaxmoe.api import load
         from jaxmoe.engine.engine import Engine
+        from jaxmoe.serving.orders import Orders
         from jaxmoe.serving.tables import Tables
 
         use_compile_cache(args.compile_cache)
@@ -101,11 +108,15 @@ def main(argv: list[str] | None = None) -> int:
         report("loading weights")
         options = model_options(args)
         recording = args.record_routing is not None
-        options["execution"] = dataclasses.replace(options["execution"], record_routing=recording)
+        options["execution"] = dataclasses.replace(
+            options["execution"], record_routing=recording or args.routed_experts
+        )
         model = load(args.model, random_weights=args.random_weights, progress=progress, **options)
         engine = Engine(model, config, progress)
         if recording:
             ending.callback(engine.save_routing, args.record_routing)
+        else:
+            engine.forget_routing()
         say(f"{model.describe()}; {engine.describe()}")
         say(engine.describe_programs())
         info = ModelInfo(
@@ -127,18 +138,20 @@ def main(argv: list[str] | None = None) -> int:
             dtype=args.dtype,
             default_sampling_params=model.recommended_sampling,
             invalid=model.invalid,
+            routed_experts=args.routed_experts,
+            mixture_layers=tuple(model.config.stacks["moe"]),
         )
         if folder is None:
-            return server.Served(engine, info, Tables(engine))
+            return server.Served(engine, info, Tables(engine), Orders(engine, save_placement=args.save_placement))
         from jaxmoe.measuring.profile import ProfiledEngine
 
         profiled = ProfiledEngine(engine, folder, args.profile_steps, say)
         ending.callback(profiled.close)
-        return server.Served(profiled, info, Tables(engine))
+        return server.Served(profiled, info, Tables(engine), Orders(engine, profiled, args.save_placement))
 
     try:
         config = engine_config(args, max_queue=args.max_queue, rebalance=rebalance_config(args))
-        folder = profile_folder(args)
+        folder = profile_folder(args, least=0)
         with contextlib.ExitStack() as ending:
             return server.run(
                 build_engine,

@@ -1,4 +1,4 @@
-"""`python -m jaxmoe.top`: what a server is doing, at the terminal: rates, latencies, and the load of its ranks."""
+"""`python -m jaxmoe.top`: what a server is doing, at the terminal: rates, latencies, load of its ranks and experts."""
 
 import argparse
 import collections
@@ -28,6 +28,7 @@ _LATENCIES = (
     ("of it, host", "jaxmoe:step_host_seconds"),
 )
 _MILLISECONDS = 1000.0
+_COLUMNS = 64
 
 
 class Snapshot:
@@ -128,6 +129,28 @@ def render(address: str, before: Snapshot, now: Snapshot) -> str:
     return "\n".join(lines)
 
 
+def heat_map(load: pb.ExpertLoad) -> list[str]:
+    """A row a mixture layer, a column an expert, or the fullest of several: full is the layer's busiest expert."""
+    if not load.layers:
+        return []
+    experts = len(load.layers[0].experts)
+    of_bin = -(-experts // _COLUMNS)
+    each = "an expert" if of_bin == 1 else f"the busiest of {of_bin} experts"
+    width = max(-(-experts // of_bin), len(f"{each} a column"))
+    lines = [
+        "",
+        f"balancedness {load.balancedness:.2f}, {100 * load.of_ceiling:.0f} % of what even routing reaches; "
+        f"{load.worst_balancedness:.2f} in layer {load.worst_layer}, the worst",
+        f"{'layer':>7}  {f'{each} a column':<{width}}{'busiest / mean':>16}",
+    ]
+    for layer in load.layers:
+        most, mean = max(layer.experts), sum(layer.experts) / experts
+        bins = [max(layer.experts[start : start + of_bin]) for start in range(0, experts, of_bin)]
+        row = "".join(block(count / max(1, most)) for count in bins)
+        lines.append(f"{layer.layer:>7}  {row:<{width}}{most / mean if mean else 1:>16.2f}")
+    return lines
+
+
 def block(share: float) -> str:
     """A character as full as this: 0 to 1. Only what is 0 is empty."""
     return _BLOCKS[min(len(_BLOCKS) - 1, math.ceil(max(0.0, share) * (len(_BLOCKS) - 1)))]
@@ -166,7 +189,8 @@ def _screens(options: argparse.Namespace) -> Generator[str, None, None]:
             while True:
                 now = Snapshot(stub.GetMetrics(pb.GetMetricsRequest(), metadata=access.metadata, timeout=10))
                 if before is not None:
-                    yield render(options.server, before, now)
+                    load = stub.GetExpertLoad(pb.GetExpertLoadRequest(), metadata=access.metadata, timeout=10)
+                    yield "\n".join([render(options.server, before, now), *heat_map(load)])
                 before = now
                 sleep(options.interval)
     except grpc.RpcError as error:

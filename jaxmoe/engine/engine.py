@@ -16,11 +16,12 @@ from jaxmoe.engine.kv_events import KvEventBatch
 from jaxmoe.engine.model import Model, Progress, no_progress
 from jaxmoe.engine.pages import PageGroup
 from jaxmoe.engine.programs import Program
-from jaxmoe.engine.rebalancing import Rebalancer, RebalanceReport
+from jaxmoe.engine.rebalancing import RebalanceCounts, Rebalancer, RebalanceReport
 from jaxmoe.engine.request import Output, Request, SamplingParams
 from jaxmoe.engine.runner import Runner
 from jaxmoe.engine.scheduler import RankLoad, Scheduler, Stats, StepPlan
 from jaxmoe.errors import ConfigError
+from jaxmoe.moe.simulation import Recorder
 from jaxmoe.moe.statistics import LoadStatistics
 
 log = logging.getLogger(__name__)
@@ -136,6 +137,10 @@ class Engine:
             raise ConfigError("this engine does not record its routing; start it with --record-routing FILE")
         self._runner.recorder.save(path)
 
+    def forget_routing(self) -> None:
+        """Keeps nothing for `save_routing`; requests may ask for their own routing all the same."""
+        self._runner.recorder = Recorder(most=0)
+
     @property
     def programs(self) -> tuple[Program, ...]:
         """What has been compiled so far."""
@@ -155,7 +160,12 @@ class Engine:
         return self._scheduler.has_work or bool(self._rebalancer and self._rebalancer.active)
 
     def submit(self, request: Request) -> None:
-        """Queues a request. Raises InvalidRequestError, QueueFullError or DuplicateRequestError and changes nothing."""
+        """Queues a request. Raises InvalidRequestError, QueueFullError or DuplicateRequestError and changes nothing.
+
+        Raises ConfigError for routed experts, unless the model was loaded with `Execution(record_routing=True)`.
+        """
+        if request.params.routed_experts and not self.model.execution.record_routing:
+            raise ConfigError("this engine does not tell of routed experts; start it with --routed-experts")
         if request.params.constraint is not None:
             request.params.validate(self.model.config.vocab_size)
             self._runner.grammars.matcher(request.params.constraint)
@@ -192,7 +202,7 @@ class Engine:
         if not plan.empty:
             self._failures = 0
         self.last_step = self._report(plan)
-        outputs = self._scheduler.complete(plan, sampled)
+        outputs = self._runner.routed.attach(self._scheduler.complete(plan, sampled))
         if self._rebalancer:
             self._rebalancer.step(0.0 if plan.empty else time.perf_counter() - began)
         return outputs
@@ -208,6 +218,11 @@ class Engine:
         self._rebalancer.start("call", slot_expert)
 
     @property
+    def rebalances(self) -> RebalanceCounts:
+        """What moved so far, over all rebalances."""
+        return self._rebalancer.counts if self._rebalancer else RebalanceCounts()
+
+    @property
     def last_rebalance(self) -> RebalanceReport | None:
         """Of the rebalance under way, else of the latest that there was."""
         return self._rebalancer.report if self._rebalancer else None
@@ -219,9 +234,9 @@ class Engine:
         log.error("a step failed; its requests end, the KV cache is made anew", exc_info=error)
         # The step may have taken the cache with it, which it was to update in place.
         self._runner.reset_cache()
-        return self._scheduler.fail(
-            plan, f"the step failed with {type(error).__name__}; the engine's log has the details"
-        )
+        self._runner.routed.forget_calls()
+        text = f"the step failed with {type(error).__name__}; the engine's log has the details"
+        return self._runner.routed.attach(self._scheduler.fail(plan, text))
 
     def clear_prefix_cache(self) -> None:
         """Forgets all prefixes; requests under way go on."""

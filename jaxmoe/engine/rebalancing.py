@@ -8,6 +8,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -61,6 +62,16 @@ class RebalanceReport:
         return f"{told}; {self.reason}" if self.reason else told
 
 
+class RebalanceCounts(NamedTuple):
+    """Rebalances that are over, by how they ended, and what moved in all that there were."""
+
+    done: int = 0
+    failed: int = 0
+    deadline: int = 0
+    moved_experts: int = 0
+    moved_bytes: int = 0
+
+
 class Rebalancer:
     """Looks at the loads as configured, and moves experts when there is something to gain."""
 
@@ -76,6 +87,7 @@ class Rebalancer:
         self._began = 0.0
         self._usual: list[float] = []
         self.report: RebalanceReport | None = None
+        self.counts = RebalanceCounts()
 
     @property
     def active(self) -> bool:
@@ -169,11 +181,14 @@ class Rebalancer:
             # Checked and put in place in a step of its own, which moves nothing else.
             yield config.bytes_per_step
             move.commit()
-            report = self._now()
+            report, counts, size = self._now(), self.counts, move.moves * self._mover.slot_bytes
+            self.counts = counts._replace(
+                moved_experts=counts.moved_experts + move.moves, moved_bytes=counts.moved_bytes + size
+            )
             self._tell(
                 moved_layers=report.moved_layers + 1,
                 moved_experts=report.moved_experts + move.moves,
-                moved_bytes=report.moved_bytes + move.moves * self._mover.slot_bytes,
+                moved_bytes=report.moved_bytes + size,
                 after=self._balance(loads),
             )
             yield config.bytes_per_step
@@ -181,6 +196,7 @@ class Rebalancer:
     def _finish(self, outcome: str) -> None:
         self._work = None
         self._tell(outcome=outcome)
+        self.counts = self.counts._replace(**{outcome: getattr(self.counts, outcome) + 1})
         report = self._now()
         (log.error if outcome == "failed" else log.info)("%s", report)
         if report.moved_layers:

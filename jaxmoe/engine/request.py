@@ -54,6 +54,7 @@ class SamplingParams:
     ignore_eos: the model's end-of-sequence tokens do not end the generation.
     logprobs: beside the chosen token's, report those of so many most likely tokens.
     prompt_logprobs: report them for the prompt's tokens too, with so many most likely ones; None reports none.
+    routed_experts: report which experts each token went to; the model must record that.
     constraint: structured output.
     """
 
@@ -73,6 +74,7 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int = 0
     prompt_logprobs: int | None = None
+    routed_experts: bool = False
     constraint: Constraint | None = None
 
     @functools.cached_property
@@ -136,6 +138,18 @@ class Request:
     priority: int = 0
 
 
+class RoutedExperts(NamedTuple):
+    """Which experts tokens went to, from position `start` of prompt and output together.
+
+    experts: [tokens, layers, k] of the mixture layers, logical ids, each in two bytes, the lower one first.
+    """
+
+    start: int
+    layers: int
+    k: int
+    experts: bytes
+
+
 @dataclasses.dataclass(frozen=True)
 class Output:
     """What one step brought for one request, or for one of its samples.
@@ -149,6 +163,9 @@ class Output:
         `SamplingParams.logprobs` asks for some.
     prompt_logprobs: with the first token, if asked for: log-probability and most likely tokens of each token of the
         prompt but the first, of which there is none; else None.
+    routed_experts: of the tokens that went through the model since the last Output, if asked for: the prompt's with the
+        first token, then one's with each, which is the token before. A further sample begins where it computes for
+        itself.
     """
 
     request_id: str
@@ -161,6 +178,7 @@ class Output:
     prompt_logprobs: PromptLogprobs | None = None
     error: str = ""
     cached_tokens: int = 0
+    routed_experts: RoutedExperts | None = None
 
 
 class Sampled(NamedTuple):

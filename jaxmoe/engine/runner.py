@@ -18,6 +18,7 @@ from jaxmoe.engine.model import Model, Progress, no_progress
 from jaxmoe.engine.pages import PageGroup, pages_reached
 from jaxmoe.engine.prompt_logprobs import PromptReports
 from jaxmoe.engine.request import Sampled
+from jaxmoe.engine.routed_tokens import RoutedTokens
 from jaxmoe.engine.scheduler import Sequence, StepPlan
 from jaxmoe.errors import ConfigError
 from jaxmoe.models.kv_cache import KVCache, bytes_per_page, make_cache
@@ -52,6 +53,7 @@ class Runner:
             model.config.experts, spec.num_ranks // spec.expert_devices, spec.expert_devices, model.exchange
         )
         self.recorder = Recorder()
+        self.routed = RoutedTokens()
         self.grammars = Grammars(model.folder, model.config.vocab_size, model.eos_token_ids)
         self._adjuster = Adjuster(model.config.vocab_size, model.eos_token_ids, self.grammars)
         self._prompts = PromptReports()
@@ -131,6 +133,7 @@ class Runner:
             self.statistics.record(routed.counts, self.model.slot_expert, shape.rows)
             if routed.experts is not None:
                 self.recorder.record(routed.experts)
+                self.routed.record(shape, ranks, routed.experts)
         adjusted = logits
         for packed in self._adjuster.pack(shape.batch, ranks):
             adjusted = programs.adjust(adjusted, packed)

@@ -103,6 +103,8 @@ class RankLoad(NamedTuple):
     waiting: those in the queue that are pinned to it.
     used_pages, total_pages: of all groups of pages together, so that they tell what share of the pages is in use; one
         token has a place in every group.
+    generated_tokens, queried_tokens, hit_tokens: since the start: that it generated, of the prompts that it admitted,
+        and of these those found in its prefix cache.
     """
 
     running: int
@@ -110,6 +112,9 @@ class RankLoad(NamedTuple):
     pending_tokens: int
     used_pages: int
     total_pages: int
+    generated_tokens: int = 0
+    queried_tokens: int = 0
+    hit_tokens: int = 0
 
 
 class Stats(NamedTuple):
@@ -160,7 +165,7 @@ class Scheduler:
         self._samples: dict[str, list[Sequence]] = {}  # those that live, by the id that was submitted
         self._aborted: dict[str, list[Output]] = {}  # cancelled, and not yet told by `complete`
         self._num_steps = self._num_submitted = self._num_event_batches = 0
-        self._queried_tokens = self._hit_tokens = 0
+        self._generated, self._queried, self._hits = ([0] * num_ranks for _ in range(3))  # tokens, by rank
         self.num_preemptions = self.num_failed = 0
 
     @property
@@ -186,7 +191,9 @@ class Scheduler:
             raise DuplicateRequestError(
                 f"a request with id {request.id!r} is live; use another id, or wait for its end"
             )
-        if len(self._waiting) >= self._config.max_queue:
+        # Whoever comes between two steps waits for the next, though there may be a place.
+        free = self._config.max_batch * len(self._running) - self.num_running
+        if len(self._waiting) >= self._config.max_queue + free:
             raise QueueFullError(f"{len(self._waiting)} requests wait already (max_queue); try again later")
         self._num_submitted += 1
         urgency = self._num_steps + request.priority * self._config.priority_ageing
@@ -247,6 +254,7 @@ class Scheduler:
             brought = sampled[request.id]
             token = brought[0]
             sequence.tokens.append(token)
+            self._generated[sequence.rank] += 1
             reason = self._finish_reason(sequence)
             if reason:
                 self._end(sequence)
@@ -294,8 +302,8 @@ class Scheduler:
             waiting=self.queue_length,
             preemptions=self.num_preemptions,
             failed_steps=self.num_failed,
-            queried_tokens=self._queried_tokens,
-            hit_tokens=self._hit_tokens,
+            queried_tokens=sum(self._queried),
+            hit_tokens=sum(self._hits),
             used_pages=sum(pages.used for pages in self._pages),
             cached_pages=sum(pages.cached for pages in self._pages),
             total_pages=sum(pages.total for pages in self._pages),
@@ -310,6 +318,9 @@ class Scheduler:
                 pending_tokens=sum(len(sequence.tokens) for sequence in running),
                 used_pages=pages.used,
                 total_pages=pages.total,
+                generated_tokens=self._generated[rank],
+                queried_tokens=self._queried[rank],
+                hit_tokens=self._hits[rank],
             )
             for rank, (running, pages) in enumerate(zip(self._running, self._pages, strict=True))
         ]
@@ -442,14 +453,15 @@ class Scheduler:
         sequence.num_stored, sequence.num_computed = hit, hit * self._config.page_size
         if sequence.num_cached < 0:
             sequence.num_cached = sequence.num_computed
-            self._queried_tokens += len(sequence.tokens)
-            self._hit_tokens += sequence.num_cached
+            self._queried[rank] += len(sequence.tokens)
+            self._hits[rank] += sequence.num_cached
 
     def _hit(self, sequence: Sequence, rank: int) -> int:
         """How many pages of a waiting sequence need not be computed on a rank; its last token always is."""
         request = sequence.request
-        # The prompt's log-probabilities are told with the first token.
-        untold = request.params.prompt_logprobs is not None and len(sequence.tokens) == len(request.prompt)
+        # The prompt's log-probabilities, and its experts, are told with the first token.
+        asked = request.params.prompt_logprobs is not None or (request.params.routed_experts and not sequence.index)
+        untold = asked and len(sequence.tokens) == len(request.prompt)
         if sequence.root is None or untold:
             return 0
         most = (len(sequence.tokens) - 1) // self._config.page_size

@@ -6,10 +6,13 @@ from pathlib import Path
 
 from jaxmoe.engine.engine import Counters, Engine, StepReport
 from jaxmoe.engine.kv_events import KvEventBatch
+from jaxmoe.engine.rebalancing import RebalanceCounts, RebalanceReport
 from jaxmoe.engine.request import Output, Request
 from jaxmoe.engine.scheduler import RankLoad
+from jaxmoe.errors import ConfigError
 from jaxmoe.measuring import trace
 from jaxmoe.measuring.breakdown import break_down, table
+from jaxmoe.moe.statistics import LoadStatistics
 
 # The first steps touch memory that nobody has touched yet.
 PASSED_OVER = 4
@@ -18,14 +21,29 @@ PASSED_OVER = 4
 class ProfiledEngine:
     """Serves as `engine` does; of its steps that have work, `steps` are recorded into `folder`, after the first few.
 
+    steps: 0 records only what `start` asks for.
     report: told the table by scope once they are, by a thread of its own.
     """
 
     def __init__(self, engine: Engine, folder: Path, steps: int, report: Callable[[str], object]) -> None:
-        self._engine, self._folder, self._report = engine, folder, report
-        self._number, self._last = 0, PASSED_OVER + steps
+        self._engine, self.folder, self._report = engine, folder, report
+        self._number = 0
+        self._first: int | None = PASSED_OVER + 1 if steps else None
+        self._last: int | None = PASSED_OVER + steps
         self._recording = False
         self._summing_up: threading.Thread | None = None
+
+    def start(self, steps: int | None) -> None:
+        """Records from the next step on, so many, or until `stop`. Raises ConfigError while steps are recorded."""
+        if self._first is not None or (self._summing_up and self._summing_up.is_alive()):
+            raise ConfigError("steps are being recorded, or summed up, already; try again when that is done")
+        self._first, self._last = self._number + 1, None if steps is None else self._number + steps
+
+    def stop(self) -> bool:
+        """Ends a recording; whether there was one."""
+        stopped, self._first = self._recording, None
+        self._stop()
+        return stopped
 
     @property
     def has_work(self) -> bool:
@@ -50,13 +68,25 @@ class ProfiledEngine:
         return self._engine.counters()
 
     @property
+    def statistics(self) -> LoadStatistics:
+        return self._engine.statistics
+
+    @property
+    def rebalances(self) -> RebalanceCounts:
+        return self._engine.rebalances
+
+    @property
+    def last_rebalance(self) -> RebalanceReport | None:
+        return self._engine.last_rebalance
+
+    @property
     def last_step(self) -> StepReport:
         return self._engine.last_step
 
     def step(self) -> list[Output]:
         self._number += 1
-        if self._number == PASSED_OVER + 1:
-            trace.start(self._folder)
+        if self._number == self._first:
+            trace.start(self.folder)
             self._recording = True
         if not self._recording:
             return self._engine.step()
@@ -75,12 +105,12 @@ class ProfiledEngine:
     def _stop(self) -> None:
         if not self._recording:
             return
-        self._recording = False
+        self._recording, self._first = False, None
         trace.stop()
         # Reading a recording takes seconds, many on a large mesh: beside the steps, which clients wait for.
         self._summing_up = threading.Thread(target=self._sum_up)
         self._summing_up.start()
 
     def _sum_up(self) -> None:
-        found = break_down(trace.read(self._folder), self._engine.programs)
-        self._report("\n".join([f"profile in {self._folder}:", *table(found)]))
+        found = break_down(trace.read(self.folder), self._engine.programs)
+        self._report("\n".join([f"profile in {self.folder}:", *table(found)]))

@@ -10,7 +10,7 @@ from google.protobuf.message import Message
 from jaxmoe.serving.proto import admin_pb2 as pb
 from jaxmoe.serving.proto.admin_pb2_grpc import AdminServicer
 from jaxmoe.serving.remote_engine import RemoteEngine
-from jaxmoe.serving.servicer import abort
+from jaxmoe.serving.servicer import abort, ordered
 
 ADMIN_SERVICE = pb.DESCRIPTOR.services_by_name["Admin"].full_name
 
@@ -29,6 +29,22 @@ class Admin(AdminServicer):
 
     async def GetPlacement(self, request: pb.GetPlacementRequest, context: grpc.aio.ServicerContext) -> pb.Placement:
         return await self._table(pb.Placement, context)
+
+    async def GetExpertLoad(self, request: pb.GetExpertLoadRequest, context: grpc.aio.ServicerContext) -> pb.ExpertLoad:
+        return await self._ordered(request, pb.ExpertLoad, context)
+
+    async def StartRebalance(
+        self, request: pb.StartRebalanceRequest, context: grpc.aio.ServicerContext
+    ) -> pb.Rebalance:
+        return await self._ordered(request, pb.Rebalance, context)
+
+    async def GetRebalance(self, request: pb.GetRebalanceRequest, context: grpc.aio.ServicerContext) -> pb.Rebalance:
+        return await self._ordered(request, pb.Rebalance, context)
+
+    async def SavePlacement(
+        self, request: pb.SavePlacementRequest, context: grpc.aio.ServicerContext
+    ) -> pb.SavePlacementResponse:
+        return await self._ordered(request, pb.SavePlacementResponse, context)
 
     async def GetPrograms(self, request: pb.GetProgramsRequest, context: grpc.aio.ServicerContext) -> pb.Programs:
         return await self._table(pb.Programs, context)
@@ -54,6 +70,9 @@ class Admin(AdminServicer):
     async def Drain(self, request: pb.DrainRequest, context: grpc.aio.ServicerContext) -> pb.DrainResponse:
         self._drain()
         return pb.DrainResponse(open_requests=self._engine.num_open)
+
+    async def _ordered(self, request: Message, response: type[_M], context: Any) -> _M:
+        return await ordered(self._engine, request, response, context)
 
     async def _table(self, message: type[_M], context: Any, argument: str = "") -> _M:
         try:

@@ -1,18 +1,28 @@
 """The engine's side of the link: receive, step, send, until the front end is gone."""
 
 import contextlib
+import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from jaxmoe.engine.kv_events import KvEventBatch
 from jaxmoe.engine.request import Output, Request
-from jaxmoe.errors import DuplicateRequestError, InvalidRequestError, JaxmoeError, QueueFullError, UnavailableError
+from jaxmoe.errors import (
+    ConfigError,
+    DuplicateRequestError,
+    InvalidRequestError,
+    JaxmoeError,
+    QueueFullError,
+    UnavailableError,
+)
 from jaxmoe.serving.link import (
     AskLoads,
     AskTable,
+    Balance,
     Cancel,
     ClearPrefixCache,
     EngineLink,
@@ -20,6 +30,8 @@ from jaxmoe.serving.link import (
     KvEvents,
     LinkClosed,
     Loads,
+    Moves,
+    Order,
     Outputs,
     RankLoad,
     Rejected,
@@ -35,6 +47,7 @@ from jaxmoe.serving.link import (
 logger = logging.getLogger(__name__)
 
 _REPORT_INTERVAL = 1.0
+_PACE_WINDOW = 10.0
 
 
 class EngineRankLoad(Protocol):
@@ -46,6 +59,12 @@ class EngineRankLoad(Protocol):
     def used_pages(self) -> int: ...
     @property
     def total_pages(self) -> int: ...
+    @property
+    def generated_tokens(self) -> int: ...
+    @property
+    def queried_tokens(self) -> int: ...
+    @property
+    def hit_tokens(self) -> int: ...
 
 
 class EngineStep(Protocol):
@@ -76,6 +95,32 @@ class EngineCounters(Protocol):
     def hit_tokens(self) -> int: ...
 
 
+class EngineBalance(Protocol):
+    @property
+    def balancedness(self) -> float: ...
+    @property
+    def ceiling(self) -> float: ...
+    @property
+    def of_ceiling(self) -> float: ...
+    @property
+    def worst_layer(self) -> int: ...
+    @property
+    def worst_balancedness(self) -> float: ...
+
+
+class EngineStatistics(Protocol):
+    def report(self) -> EngineBalance | None: ...
+
+
+class EngineRebalance(Protocol):
+    @property
+    def outcome(self) -> str: ...
+    @property
+    def worst_step_seconds(self) -> float: ...
+    @property
+    def worst_moving_seconds(self) -> float: ...
+
+
 class EngineLike(Protocol):
     """What serving asks of an engine; `jaxmoe.engine.engine.Engine` is one."""
 
@@ -90,6 +135,12 @@ class EngineLike(Protocol):
     def counters(self) -> EngineCounters: ...
     def clear_prefix_cache(self) -> None: ...
     def kv_events(self) -> list[KvEventBatch]: ...
+    @property
+    def statistics(self) -> EngineStatistics: ...
+    @property
+    def rebalances(self) -> tuple[int, int, int, int, int]: ...
+    @property
+    def last_rebalance(self) -> EngineRebalance | None: ...
 
 
 def serve_engine(
@@ -98,18 +149,20 @@ def serve_engine(
     *,
     on_serving: Callable[[], object] = lambda: None,
     tables: Callable[[str, str], bytes] | None = None,
+    orders: Callable[[str, bytes], bytes] | None = None,
 ) -> None:
     """Runs the engine for the front end at the other end of the link; returns once that is gone.
 
     on_serving: called once the front end, told that the engine is ready, lets requests through.
     tables: makes a message of `jaxmoe.v1` by its name and an argument; runs in a thread beside the steps.
+    orders: carries out a request, a message by its name and content, between two steps.
 
     A request the engine refuses is told so and disturbs nothing else. If the engine fails in any other way, the front
     end is told that it is lost, and the exception is raised.
     """
-    reported, watched = 0.0, False
+    reported, watched, pace = 0.0, False, _Pace()
     try:
-        link.send(_report(engine))
+        link.send(_report(engine, pace))
         while True:
             for frame in link.receive(block=not engine.has_work):
                 match frame:
@@ -120,9 +173,11 @@ def serve_engine(
                         for request_id in ids:
                             engine.cancel(request_id, index)
                     case AskLoads():
-                        link.send(_loads(engine))
+                        link.send(Loads(_loads(engine, pace)))
                     case AskTable():
                         threading.Thread(target=_make_table, args=(tables, frame, link), daemon=True).start()
+                    case Order(number, name, content):
+                        link.send(_answer(number, name, orders and functools.partial(orders, name, content)))
                     case WatchKvEvents():
                         watched = True
                     case ClearPrefixCache(number):
@@ -135,7 +190,7 @@ def serve_engine(
                 link.send(Outputs(engine.step(), _step(engine, began)))
                 if began - reported > _REPORT_INTERVAL or not engine.has_work:
                     reported = began
-                    link.send(_report(engine))
+                    link.send(_report(engine, pace))
             if watched and (batches := engine.kv_events()):
                 link.send(KvEvents(batches))
     except LinkClosed as closed:
@@ -156,6 +211,8 @@ def _submit(engine: EngineLike, request: Request) -> Rejected | None:
         return Rejected(request.id, "duplicate", str(error))
     except QueueFullError as error:
         return Rejected(request.id, "queue_full", str(error))
+    except ConfigError as error:
+        return Rejected(request.id, "precondition", str(error))
     except JaxmoeError as error:
         return Rejected(request.id, "unavailable", str(error))
     except Exception:
@@ -167,19 +224,44 @@ def _submit(engine: EngineLike, request: Request) -> Rejected | None:
 
 
 def _make_table(tables: Callable[[str, str], bytes] | None, ask: AskTable, link: EngineLink) -> None:
-    try:
-        if tables is None:
-            raise UnavailableError("this engine has no tables")
-        answer = Table(ask.number, tables(ask.name, ask.argument))
-    except InvalidRequestError as error:
-        answer = Table(ask.number, kind="invalid", problem=str(error), field=error.field)
-    except JaxmoeError as error:
-        answer = Table(ask.number, kind="unavailable", problem=str(error))
-    except Exception:
-        logger.exception("the table %s could not be made", ask.name)
-        answer = Table(ask.number, kind="internal", problem="the table could not be made; the server's log has details")
+    answer = _answer(ask.number, ask.name, tables and functools.partial(tables, ask.name, ask.argument))
     with contextlib.suppress(LinkClosed):
         link.post(answer)
+
+
+def _answer(number: int, name: str, make: Callable[[], bytes] | None) -> Table:
+    """What `make` makes, or why it cannot."""
+    try:
+        if make is None:
+            raise UnavailableError("this engine has no such tables")
+        return Table(number, make())
+    except InvalidRequestError as error:
+        return Table(number, kind="invalid", problem=str(error), field=error.field)
+    except ConfigError as error:
+        return Table(number, kind="precondition", problem=str(error))
+    except JaxmoeError as error:
+        return Table(number, kind="unavailable", problem=str(error))
+    except Exception:
+        logger.exception("the answer to %s could not be made", name)
+        return Table(number, kind="internal", problem="the answer could not be made; the server's log has details")
+
+
+class _Pace:
+    """Tokens a second that each rank generated within the last few seconds."""
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[float, Sequence[int]]] = deque()
+
+    def rates(self, generated: Sequence[int]) -> list[float]:
+        """generated: by each rank since its start, now."""
+        now = time.monotonic()
+        if not self._seen or now - self._seen[-1][0] > _REPORT_INTERVAL / 2:
+            self._seen.append((now, generated))
+        while len(self._seen) > 1 and self._seen[1][0] < now - _PACE_WINDOW:
+            self._seen.popleft()
+        then, before = self._seen[0]
+        seconds = max(now - then, 1e-3)
+        return [(count - earlier) / seconds for count, earlier in zip(generated, before, strict=True)]
 
 
 def _step(engine: EngineLike, began: float) -> Step:
@@ -188,11 +270,23 @@ def _step(engine: EngineLike, began: float) -> Step:
     return Step(began, seconds, did.device_seconds, did.started, did.prefill_tokens, did.sequences)
 
 
-def _loads(engine: EngineLike) -> Loads:
-    return Loads([RankLoad(rank.running, rank.waiting, rank.used_pages, rank.total_pages) for rank in engine.loads()])
+def _loads(engine: EngineLike, pace: _Pace) -> list[RankLoad]:
+    ranks = list(engine.loads())
+    rates = pace.rates([rank.generated_tokens for rank in ranks])
+    return [
+        RankLoad(
+            rank.running,
+            rank.waiting,
+            rank.used_pages,
+            rank.total_pages,
+            rate,
+            rank.hit_tokens / max(1, rank.queried_tokens),
+        )
+        for rank, rate in zip(ranks, rates, strict=True)
+    ]
 
 
-def _report(engine: EngineLike) -> Report:
+def _report(engine: EngineLike, pace: _Pace) -> Report:
     now = engine.counters()
     totals = Totals(
         now.preemptions,
@@ -203,4 +297,19 @@ def _report(engine: EngineLike) -> Report:
         now.queried_tokens,
         now.hit_tokens,
     )
-    return Report(_loads(engine).ranks, totals)
+    return Report(_loads(engine, pace), totals, _balance(engine), _moves(engine))
+
+
+def _balance(engine: EngineLike) -> Balance | None:
+    told = engine.statistics.report()
+    if told is None:
+        return None
+    return Balance(told.balancedness, told.ceiling, told.of_ceiling, told.worst_layer, told.worst_balancedness)
+
+
+def _moves(engine: EngineLike) -> Moves:
+    latest = engine.last_rebalance
+    if latest is None:
+        return Moves()
+    running = latest.outcome == "running"
+    return Moves(*engine.rebalances, running, latest.worst_step_seconds, latest.worst_moving_seconds)

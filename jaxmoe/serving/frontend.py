@@ -10,9 +10,12 @@ import os
 import signal
 import socket
 import sys
+from typing import Any
 
 import grpc
 import msgspec
+from google.protobuf import descriptor_pool
+from google.protobuf.descriptor import FileDescriptor
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from smg_grpc_proto.generated import vllm_engine_pb2_grpc
@@ -24,7 +27,7 @@ from jaxmoe.serving.link import BindFailed, Bound, FrontendConfig
 from jaxmoe.serving.metrics import MetricsServer
 from jaxmoe.serving.proto.admin_pb2_grpc import add_AdminServicer_to_server
 from jaxmoe.serving.remote_engine import Phase, RemoteEngine
-from jaxmoe.serving.security import BearerAuth, Tokens, server_credentials
+from jaxmoe.serving.security import BearerAuth, Decoding, Tokens, server_credentials
 from jaxmoe.serving.servicer import SERVICE, Servicer
 from jaxmoe.serving.tracing import Tracer
 
@@ -40,6 +43,27 @@ _OPTIONS = [
 
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Descriptors:
+    """The pool of all messages and services that reflection tells of; it finds methods too."""
+
+    def __init__(self) -> None:
+        self._pool = descriptor_pool.Default()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pool, name)
+
+    def FindFileContainingSymbol(self, symbol: str) -> FileDescriptor:
+        """Raises KeyError."""
+        try:
+            return self._pool.FindFileContainingSymbol(symbol)
+        except KeyError:
+            name, _, method = symbol.rpartition(".")
+            service = self._pool.FindServiceByName(name)
+            if method not in service.methods_by_name:
+                raise
+            return service.file
 
 
 class Health(health.aio.HealthServicer):
@@ -109,13 +133,13 @@ async def _start(
         engine.tracer = tracer = Tracer(config.otlp_endpoint)
         ending.push_async_callback(asyncio.to_thread, tracer.close)
     bearer = None if config.auth_token_file is None else BearerAuth(Tokens(config.auth_token_file))
-    server = grpc.aio.server(options=_OPTIONS, interceptors=[bearer] if bearer else None)
+    server = grpc.aio.server(options=_OPTIONS, interceptors=[*([bearer] if bearer else []), Decoding()])
     vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server(Servicer(engine, bearer=bearer is not None), server)
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     add_AdminServicer_to_server(Admin(engine, drain.set), server)
     if config.reflection:
         services = (SERVICE, ADMIN_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(services, server)
+        reflection.enable_server_reflection(services, server, Descriptors())
     host = _bracketed(config.host)
     credentials = None
     if config.tls_cert is not None and config.tls_key is not None:

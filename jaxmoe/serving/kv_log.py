@@ -1,6 +1,8 @@
 """What the prefix caches hold, as gateways are told of it: numbered without a gap, and resumable. No jax, no grpc."""
 
 import asyncio
+import itertools
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -16,39 +18,58 @@ class Told(NamedTuple):
 
 
 class KvLog:
-    """Follows the engine's batches: keeps the last `most`, and for who comes too late for these every rank's state."""
+    """Follows the engine's batches: keeps the last `most`, and for who comes too late for these every rank's state.
 
-    def __init__(self, num_ranks: int, most: int = 4096) -> None:
+    Each rank's batches have numbers of their own without a gap, as smg, a subscriber, expects them.
+
+    before: the number before the first. By default the microseconds since 1970, so that no number from before a restart
+        is taken for one of this log's: who comes with such a one is told the state.
+    """
+
+    def __init__(self, num_ranks: int, most: int = 4096, before: int | None = None) -> None:
         self._history: deque[KvEventBatch] = deque(maxlen=max(most, num_ranks))
         # By rank, hash of a page: its parent's and its tokens.
         self._stored: list[dict[int, tuple[int | None, tuple[int, ...]]]] = [{} for _ in range(num_ranks)]
-        self._last = 0
+        self._last = [time.time_ns() // 1000 if before is None else before] * num_ranks
+        self._taken = 0
         self.changed = asyncio.Event()
 
-    @property
-    def last(self) -> int:
-        """Number of the newest batch; 0 before the first."""
-        return self._last
-
     def take(self, batches: Sequence[KvEventBatch]) -> None:
-        for batch in batches:
-            self._last = batch.number
-            self._history.append(batch)
-            for event in batch.events:
-                self._apply(self._stored[batch.rank], event)
+        for _, rank, events in batches:
+            self._last[rank] += 1
+            self._taken += 1
+            self._history.append(KvEventBatch(self._last[rank], rank, events))
+            for event in events:
+                self._apply(self._stored[rank], event)
         self.changed.set()
 
-    def since(self, number: int) -> list[Told]:
-        """From this number on; or, if that was too long ago or is no number of ours, a snapshot of every rank."""
-        if not self._history:
-            return []
-        if self._history[0].number <= max(number, 1) <= self._last + 1:
-            return [Told(batch) for batch in self._history if batch.number >= number]
-        # Consecutive numbers that end with the newest, after which what happens goes on.
-        before = self._last - len(self._stored) + 1
+    def begin(self, number: int) -> tuple[list[Told], int]:
+        """What a subscriber that asks from this number on is told first, and the place in the log after that.
+
+        0 is the present state: all that there was, or a snapshot of every rank. So is a number that was too long ago or
+        is none of ours; and any where there are several ranks, since one cannot say how far each had come.
+        """
+        kept = list(self._history)
+        if number and len(self._last) == 1 and (kept[0].number if kept else self._last[0] + 1) <= number:
+            if number <= self._last[0] + 1:
+                return [Told(batch) for batch in kept if batch.number >= number], self._taken
+        elif not number and self._taken == len(kept):
+            return [Told(batch) for batch in kept], self._taken
+        return self._snapshots(), self._taken
+
+    def after(self, place: int) -> tuple[list[Told], int]:
+        """What came after this place, or a snapshot if that is too much; and the place after that."""
+        new = self._taken - place
+        if new > len(self._history):
+            return self._snapshots(), self._taken
+        start = len(self._history) - new
+        return [Told(batch) for batch in itertools.islice(self._history, start, None)], self._taken
+
+    def _snapshots(self) -> list[Told]:
+        """With the number of the newest batch of each rank, after which what happens goes on."""
         return [
-            Told(KvEventBatch(before + rank, rank, (KvEvent("cleared"), *_snapshot(stored))), len(stored))
-            for rank, stored in enumerate(self._stored)
+            Told(KvEventBatch(last, rank, (KvEvent("cleared"), *_snapshot(stored))), len(stored))
+            for rank, (last, stored) in enumerate(zip(self._last, self._stored, strict=True))
         ]
 
     def _apply(self, stored: dict[int, tuple[int | None, tuple[int, ...]]], event: KvEvent) -> None:

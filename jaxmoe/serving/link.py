@@ -37,6 +37,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     prefix_cache: what enters and leaves it can be told.
     default_sampling_params: what the checkpoint recommends; told to gateways, which merge it into their requests.
     invalid: why answers are no model's, which every response then says; "" if they are.
+    routed_experts: can be asked for.
+    mixture_layers: the decoder layers that are mixtures.
     """
 
     model_path: str
@@ -57,6 +59,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str = ""
     default_sampling_params: dict[str, float] = {}
     invalid: str = ""
+    routed_experts: bool = False
+    mixture_layers: tuple[int, ...] = ()
 
 
 class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,12 +86,18 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RankLoad(msgspec.Struct, frozen=True, array_like=True):
-    """What one attention rank carries. waiting: the queued requests that are pinned to it."""
+    """What one attention rank carries.
+
+    waiting: the queued requests that are pinned to it.
+    throughput: tokens a second that it generated of late. hit_rate: of its prompts, found in the prefix cache so far.
+    """
 
     running: int
     waiting: int
     used_pages: int
     total_pages: int
+    throughput: float = 0.0
+    hit_rate: float = 0.0
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True):
@@ -118,6 +128,32 @@ class Totals(msgspec.Struct, frozen=True, array_like=True):
     hit_tokens: int = 0
 
 
+class Balance(msgspec.Struct, frozen=True, array_like=True):
+    """How evenly tokens fell on devices; see `jaxmoe.moe.statistics.LoadReport`. worst_layer: among mixture layers."""
+
+    balancedness: float
+    ceiling: float
+    of_ceiling: float
+    worst_layer: int
+    worst_balancedness: float
+
+
+class Moves(msgspec.Struct, frozen=True, array_like=True):
+    """Rebalances that are over, by how they ended; what moved in all; whether some do now.
+
+    worst_step_seconds, worst_moving_seconds: of the latest; see `jaxmoe.engine.rebalancing.RebalanceReport`.
+    """
+
+    done: int = 0
+    failed: int = 0
+    deadline: int = 0
+    moved_experts: int = 0
+    moved_bytes: int = 0
+    running: bool = False
+    worst_step_seconds: float = 0.0
+    worst_moving_seconds: float = 0.0
+
+
 class Frame(msgspec.Struct, array_like=True, tag=True):
     """Base of all frames."""
 
@@ -143,6 +179,14 @@ class AskTable(Frame):
     number: int
     name: str
     argument: str
+
+
+class Order(Frame):
+    """Done between two steps and answered with a `Table` of the same number. name: of the message that content is."""
+
+    number: int
+    name: str
+    content: bytes
 
 
 class ClearPrefixCache(Frame):
@@ -187,7 +231,7 @@ class Outputs(Frame):
     step: Step | None = None
 
 
-RejectionKind: TypeAlias = Literal["invalid", "duplicate", "queue_full", "unavailable", "internal"]
+RejectionKind: TypeAlias = Literal["invalid", "precondition", "duplicate", "queue_full", "unavailable", "internal"]
 
 
 class Rejected(Frame):
@@ -224,6 +268,8 @@ class Report(Frame):
 
     ranks: list[RankLoad]
     totals: Totals
+    balance: Balance | None = None
+    moves: Moves = Moves()
 
 
 class Fatal(Frame):
@@ -233,7 +279,7 @@ class Fatal(Frame):
 
 
 ToEngine: TypeAlias = (
-    Submit | Cancel | AskLoads | AskTable | ClearPrefixCache | WatchKvEvents | Bound | BindFailed | Serving
+    Submit | Cancel | AskLoads | AskTable | Order | ClearPrefixCache | WatchKvEvents | Bound | BindFailed | Serving
 )
 ToFrontend: TypeAlias = Progress | Ready | Outputs | Rejected | Loads | Report | Table | KvEvents | Fatal
 

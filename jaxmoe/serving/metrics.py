@@ -224,12 +224,65 @@ class _EngineCollector(Collector):
             counter = CounterMetricFamily(title, text, labels=["model_name"])
             counter.add_metric([name], value)
             yield counter
+        yield from self._balance(name)
         config = GaugeMetricFamily(
             "vllm:cache_config_info", "Of the KV cache", labels=["model_name", "block_size", "num_gpu_blocks"]
         )
         pages = sum(rank.total_pages for rank in report.ranks)
         config.add_metric([name, str(self.info.page_size), str(pages)], 1)
         yield config
+
+    def _balance(self, name: str) -> Iterator[Metric]:
+        assert self.info is not None
+        moves, balance = self.report.moves, self.report.balance
+        gauges: list[tuple[str, str, float]] = [
+            ("jaxmoe:rebalancing", "1 while experts move", moves.running),
+            (
+                "jaxmoe:rebalance_worst_step_seconds",
+                "The longest step while experts last moved",
+                moves.worst_step_seconds,
+            ),
+            ("jaxmoe:rebalance_worst_moving_seconds", "Of a step, spent on moving at most", moves.worst_moving_seconds),
+        ]
+        if balance is not None:
+            layers = self.info.mixture_layers
+            worst = layers[balance.worst_layer] if balance.worst_layer < len(layers) else balance.worst_layer
+            gauges += [
+                (
+                    "jaxmoe:expert_balancedness",
+                    "Mean load of devices over the fullest's, of recent calls",
+                    balance.balancedness,
+                ),
+                (
+                    "jaxmoe:expert_balance_ceiling",
+                    "What even routing would reach at these batch sizes",
+                    balance.ceiling,
+                ),
+                (
+                    "jaxmoe:expert_balance_of_ceiling",
+                    "The one over the other; near 1 nothing is to gain",
+                    balance.of_ceiling,
+                ),
+                ("jaxmoe:expert_worst_layer", "The decoder layer with the least balancedness", worst),
+                ("jaxmoe:expert_worst_balancedness", "That layer's", balance.worst_balancedness),
+            ]
+        for title, text, value in gauges:
+            gauge = GaugeMetricFamily(title, text, labels=["model_name"])
+            gauge.add_metric([name], value)
+            yield gauge
+        ended = CounterMetricFamily(
+            "jaxmoe:rebalances", "Rebalances by how they ended", labels=["model_name", "outcome"]
+        )
+        for outcome in ("done", "failed", "deadline"):
+            ended.add_metric([name, outcome], getattr(moves, outcome))
+        yield ended
+        for title, text, count in (
+            ("jaxmoe:moved_experts", "Experts that were put into other slots", moves.moved_experts),
+            ("jaxmoe:moved_expert_bytes", "Their weights", moves.moved_bytes),
+        ):
+            counter = CounterMetricFamily(title, text, labels=["model_name"])
+            counter.add_metric([name], count)
+            yield counter
 
 
 def waiting_by_rank(ranks: Sequence[RankLoad], unplaced: int) -> list[int]:

@@ -13,9 +13,10 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-from jaxmoe.engine.request import Output, PromptLogprobs, Request, SamplingParams, TopLogprobs
+from jaxmoe.engine.request import Output, PromptLogprobs, Request, RoutedExperts, SamplingParams, TopLogprobs
 from jaxmoe.errors import (
     CheckpointError,
+    ConfigError,
     DuplicateRequestError,
     InvalidRequestError,
     QueueFullError,
@@ -32,6 +33,7 @@ from jaxmoe.serving.link import (
     KvEvents,
     Loads,
     ModelInfo,
+    Order,
     Outputs,
     Progress,
     RankLoad,
@@ -102,6 +104,7 @@ class Piece(NamedTuple):
     logprobs: list[float]
     top_logprobs: list[TopLogprobs]
     prompt_logprobs: PromptLogprobs | None
+    routed: RoutedExperts | None
     finish: Finish | None
 
 
@@ -114,6 +117,7 @@ class Sample:
         self.logprobs: list[float] = []
         self.top: list[TopLogprobs] = []
         self.prompt: PromptLogprobs | None = None
+        self.routed: RoutedExperts | None = None
         self.finish: Finish | None = None
 
     def push(self, output: Output) -> None:
@@ -131,10 +135,20 @@ class Sample:
         self.top += output.top_logprobs[:count]
         if output.prompt_logprobs is not None:
             self.prompt = output.prompt_logprobs
+        if output.routed_experts is not None:
+            self._add_routed(output.routed_experts, len(output.token_ids) - count)
+
+    def _add_routed(self, told: RoutedExperts, over: int) -> None:
+        """over: tokens that came after a stop string."""
+        experts = told.experts[: len(told.experts) - 2 * told.layers * told.k * over]
+        before = self.routed
+        self.routed = (
+            told._replace(experts=experts) if before is None else before._replace(experts=before.experts + experts)
+        )
 
     def take(self, index: int) -> Piece:
-        piece = Piece(index, self.tokens, self.logprobs, self.top, self.prompt, self.finish)
-        self.tokens, self.logprobs, self.top, self.prompt = [], [], [], None
+        piece = Piece(index, self.tokens, self.logprobs, self.top, self.prompt, self.routed, self.finish)
+        self.tokens, self.logprobs, self.top, self.prompt, self.routed = [], [], [], None, None
         return piece
 
 
@@ -155,6 +169,7 @@ class Stream:
     ) -> None:
         self.request_id = request_id
         self.key = key  # its name at the engine
+        self.rank: int | None = None  # that it is pinned to
         self.timeline = Timeline(time.monotonic())
         self._samples = [Sample(answer) for answer in answers]
         self._unread: dict[int, None] = {}  # samples of which something waits to be read, in order
@@ -256,6 +271,7 @@ class RemoteEngine:
         stalled until it is heard of again.
     read_timeout: seconds that a client has to read the rest of an answer once it has ended.
     max_client_requests: that one caller may have open at once; 0 for no limit.
+    last_word: when the engine was last heard of, by the monotonic clock.
     """
 
     def __init__(
@@ -288,7 +304,8 @@ class RemoteEngine:
         self._keys = itertools.count()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._last_word = time.monotonic()
+        self.last_word = time.monotonic()
+        self._reported: tuple[list[RankLoad], float] = ([], self.last_word)
         self._loads: asyncio.Future[list[RankLoad]] | None = None
         self._kv_log: KvLog | None = None
         self._tables: dict[int, asyncio.Future[bytes]] = {}
@@ -362,9 +379,10 @@ class RemoteEngine:
         if stream.ended:
             return
         if not self._live:
-            self._last_word = time.monotonic()
+            self.last_word = time.monotonic()
         timeline = stream.timeline
         timeline.prompt_tokens, timeline.max_tokens, timeline.samples = len(prompt), params.max_tokens, params.n
+        stream.rank = rank
         self._live[stream.key] = stream
         self.link.send(Submit(Request(stream.key, tuple(prompt), params, rank)))
 
@@ -374,6 +392,37 @@ class RemoteEngine:
         for stream in streams:
             stream.abort()
         self._withdraw(streams)
+
+    def waiting_tokens(self, num_ranks: int) -> list[int]:
+        """Prompt tokens of requests that have not begun, by rank; of those pinned to none, an even share.
+
+        What the prefix cache holds of them is known once they begin.
+        """
+        tokens, unpinned = [0] * num_ranks, 0
+        for stream in self._live.values():
+            if stream.timeline.started is None:
+                if stream.rank is None:
+                    unpinned += stream.timeline.prompt_tokens
+                else:
+                    tokens[stream.rank] += stream.timeline.prompt_tokens
+        return [count + (unpinned + num_ranks - 1 - rank) // num_ranks for rank, count in enumerate(tokens)]
+
+    @property
+    def prefilling_tokens(self) -> int:
+        """Prompt tokens of requests of which nothing has come yet."""
+        streams = self._live.values()
+        return sum(stream.timeline.prompt_tokens for stream in streams if stream.timeline.first is None)
+
+    @property
+    def reported(self) -> tuple[list[RankLoad], float]:
+        """What the engine last said of its ranks, and how many seconds ago; 0 if nothing has happened since."""
+        ranks, said = self._reported
+        return ranks, time.monotonic() - said if self._live else 0.0
+
+    @property
+    def silence(self) -> float | None:
+        """Seconds without word from an engine that has work; None if it has none."""
+        return time.monotonic() - self.last_word if self._live else None
 
     async def loads(self) -> list[RankLoad]:
         """What each attention rank carries now. Raises UnavailableError if the engine does not say."""
@@ -391,6 +440,10 @@ class RemoteEngine:
         """A message of `jaxmoe.v1`, serialized, that the engine's process makes; that may take it seconds."""
         return await self._answered(lambda number: AskTable(number, name, argument))
 
+    async def order(self, name: str, content: bytes) -> bytes:
+        """What the engine answers to a message; it does so between two steps."""
+        return await self._answered(lambda number: Order(number, name, content))
+
     async def clear_prefix_cache(self, timeout: float) -> bool:
         """Waits so many seconds until no request is open; whether the cache was cleared then."""
         if self._open:
@@ -401,21 +454,27 @@ class RemoteEngine:
         await self._answered(ClearPrefixCache)
         return True
 
-    async def kv_events(self, start: int) -> AsyncGenerator[Told, None]:
-        """What happens in the prefix caches, from this number on, or from their state. Ends when the engine does."""
+    async def kv_events(self, start: int, pause: float) -> AsyncGenerator[Told | None, None]:
+        """What happens in the prefix caches, from this number on, or from their state. Ends when the engine does.
+
+        None when nothing has for so many seconds.
+        """
         if self._kv_log is None:
             self._kv_log = KvLog(self.info.num_ranks)
             self.link.send(WatchKvEvents())
         log = self._kv_log
-        number = start if start <= log.last + 1 else 0
+        batches, place = log.begin(start)
         while self.phase is not Phase.ENDED:
-            log.changed.clear()
-            for told in log.since(number):
+            for told in batches:
                 yield told
-                number = told.batch.number + 1
-            # What came while this one was told is there already; the event is shared, and another may have cleared it.
-            if max(number, 1) > log.last:
-                await log.changed.wait()
+            log.changed.clear()
+            # What came while these were told is there already; the event is shared, and another may have cleared it.
+            batches, place = log.after(place)
+            if not batches and not self.ended.is_set():
+                try:
+                    await asyncio.wait_for(log.changed.wait(), pause)
+                except TimeoutError:
+                    yield None
 
     async def _answered(self, ask: Callable[[int], ToEngine]) -> bytes:
         """What the engine answers to a frame with a number."""
@@ -449,7 +508,7 @@ class RemoteEngine:
         """Never returns: looks after the step timeout."""
         while True:
             await asyncio.sleep(self._step_timeout / 8)
-            if self._live and time.monotonic() - self._last_word > self._step_timeout:
+            if self._live and time.monotonic() - self.last_word > self._step_timeout:
                 self.metrics.stalled()
                 reason = f"the engine has not finished a step in {self._step_timeout:g} s"
                 logger.error("%s; its %d requests fail", reason, len(self._live))
@@ -458,13 +517,14 @@ class RemoteEngine:
                 self._fail_all(UnavailableError(reason))
 
     def _receive(self, frame: ToFrontend) -> None:
-        self._last_word = time.monotonic()
+        self.last_word = time.monotonic()
         if self.phase is Phase.STALLED:
             self._turn(Phase.SERVING, "serving")
         match frame:
             case Outputs(outputs, step):
                 self._deliver(outputs, step)
-            case Report():
+            case Report(ranks):
+                self._reported = (ranks, self.last_word)
                 self.metrics.report(frame)
             case Rejected(key, kind, message, field):
                 if stream := self._live.pop(key, None):
@@ -497,7 +557,7 @@ class RemoteEngine:
             for key in step.started:
                 if stream := self._live.get(key):
                     stream.timeline.started = step.began
-        stopped, now = [], self._last_word
+        stopped, now = [], self.last_word
         for output in outputs:
             stream = self._live.get(output.request_id)
             if stream is None:  # withdrawn; the engine did not know yet
@@ -592,6 +652,8 @@ def _rejection(kind: str, message: str, field: str) -> Exception:
     match kind:
         case "invalid":
             return InvalidRequestError(message, field)
+        case "precondition":
+            return ConfigError(message)
         case "duplicate":
             return DuplicateRequestError(message)
         case "queue_full":

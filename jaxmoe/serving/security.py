@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import inspect
 import ipaddress
 import logging
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from jaxmoe.errors import ConfigError
 
@@ -99,6 +101,9 @@ def _digest(token: bytes) -> bytes:
     return hashlib.sha256(token).digest()
 
 
+_UNDECODABLE = object()
+
+
 class BearerAuth(grpc.aio.ServerInterceptor):
     """Lets calls pass whose `authorization: Bearer TOKEN` is known, and those of the health service."""
 
@@ -124,6 +129,38 @@ class BearerAuth(grpc.aio.ServerInterceptor):
         if scheme.lower() == "bearer" and self._tokens.accept(token.strip()):
             return await continuation(handler_call_details)
         return self._refusal
+
+
+class Decoding(grpc.aio.ServerInterceptor):
+    """Refuses bytes that are no message of their method's type; grpc would write a traceback for each."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_streaming or handler.request_deserializer is None:
+            return handler
+        decode, serve = handler.request_deserializer, handler.unary_stream or handler.unary_unary
+
+        def decoded(content: bytes) -> Any:
+            try:
+                return decode(content)
+            except DecodeError:
+                return _UNDECODABLE
+
+        async def checked(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            if request is _UNDECODABLE:
+                await context.abort(
+                    grpc.StatusCode.INVALID_ARGUMENT, "the request is no message of the method's type; see reflection"
+                )
+            return await serve(request, context)
+
+        if inspect.isasyncgenfunction(serve):
+            return handler
+        make = grpc.unary_stream_rpc_method_handler if handler.unary_stream else grpc.unary_unary_rpc_method_handler
+        return make(checked, decoded, handler.response_serializer)
 
 
 def caller_key(context: grpc.aio.ServicerContext, *, bearer: bool) -> str:

@@ -35,11 +35,12 @@ Report: TypeAlias = Callable[[str], None]
 
 
 class Served(NamedTuple):
-    """tables: makes what `jaxmoe.v1.Admin` tells of the engine; see `jaxmoe.serving.engine_loop.serve_engine`."""
+    """tables, orders: of `jaxmoe.v1.Admin`; see `jaxmoe.serving.engine_loop.serve_engine`."""
 
     engine: EngineLike
     info: ModelInfo
     tables: Callable[[str, str], bytes] | None = None
+    orders: Callable[[str, bytes], bytes] | None = None
 
 
 BuildEngine: TypeAlias = Callable[[Report], Served]
@@ -128,7 +129,7 @@ def run(
         if on_bound:
             on_bound(frontend.bound)
         with contextlib.suppress(LinkClosed):
-            engine, info, tables = build_engine(lambda text: frontend.link.send(Progress(text)))
+            engine, info, tables, orders = build_engine(lambda text: frontend.link.send(Progress(text)))
             with frontend.signals():
                 frontend.link.send(Ready(info))
                 try:
@@ -137,6 +138,7 @@ def run(
                         frontend.link,
                         on_serving=lambda: on_ready and on_ready(frontend.address),
                         tables=tables,
+                        orders=orders,
                     )
                 except Exception:
                     logger.exception("the engine failed; the server ends")

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
@@ -9,8 +10,8 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 from google.protobuf import duration_pb2
@@ -21,10 +22,10 @@ from smg_grpc_proto.generated import common_pb2
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from smg_grpc_proto.generated.vllm_engine_pb2_grpc import VllmEngineServicer
 
-from jaxmoe.engine.request import Constraint, SamplingParams, TopLogprobs
-from jaxmoe.errors import DuplicateRequestError, InvalidRequestError, QueueFullError, UnavailableError
+from jaxmoe.engine.request import Constraint, RoutedExperts, SamplingParams, TopLogprobs
+from jaxmoe.errors import ConfigError, DuplicateRequestError, InvalidRequestError, QueueFullError, UnavailableError
 from jaxmoe.serving.kv_log import Told
-from jaxmoe.serving.link import ModelInfo
+from jaxmoe.serving.link import ModelInfo, RankLoad
 from jaxmoe.serving.logs import fields
 from jaxmoe.serving.metrics import waiting_by_rank
 from jaxmoe.serving.remote_engine import (
@@ -37,10 +38,13 @@ from jaxmoe.serving.remote_engine import (
     SlowReaderError,
     Stream,
 )
+from jaxmoe.serving.routed import ASKS, add_routed
 from jaxmoe.serving.security import caller_key
 from jaxmoe.serving.tokenization import AnswerText, pack_files
 
 logger = logging.getLogger(__name__)
+
+_M = TypeVar("_M", bound=Message)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["VllmEngine"].full_name
 
@@ -54,6 +58,7 @@ _LONGEST_WAIT = 3600.0
 
 _STATUS: dict[type[Exception], grpc.StatusCode] = {
     InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
+    ConfigError: grpc.StatusCode.FAILED_PRECONDITION,
     DuplicateRequestError: grpc.StatusCode.ALREADY_EXISTS,
     QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     SlowReaderError: grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -99,6 +104,8 @@ _OFF: dict[str, tuple[Any, ...]] = {"kv_transfer_params_json": ("", "{}")}
 _TRACE_HEADERS = ("traceparent", "tracestate")
 _ENGINE_FIELDS = {"prompt": "input", "rank": "data_parallel_rank"}
 INVALID = "jaxmoe-invalid"  # initial metadata of answers that are no model's
+# Load records: how long after an event, and how often all of them though nothing has changed.
+_HEARTBEAT, _BEATS = 1.0, 5
 
 
 class Servicer(VllmEngineServicer):
@@ -174,6 +181,7 @@ class Servicer(VllmEngineServicer):
             await abort(context, error)
         info = self._engine.info
         in_queue = waiting_by_rank(loads, self._engine.unplaced(loads))
+        uncached = self._engine.waiting_tokens(len(loads))
         report = []
         for n, (rank, waiting) in enumerate(zip(loads, in_queue, strict=True)):
             report.append(
@@ -184,8 +192,12 @@ class Servicer(VllmEngineServicer):
                     num_total_reqs=rank.running + waiting,
                     num_used_tokens=rank.used_pages * info.page_size,
                     max_total_num_tokens=rank.total_pages * info.page_size,
-                    token_usage=rank.used_pages / max(1, rank.total_pages),
+                    token_usage=_usage(rank),
+                    gen_throughput=rank.throughput,
+                    cache_hit_rate=rank.hit_rate,
+                    utilization=rank.running / max(1, info.max_running // len(loads)),
                     max_running_requests=info.max_running // len(loads),
+                    num_waiting_uncached_tokens=uncached[n],
                 )
             )
         if request.HasField("dp_rank"):
@@ -224,11 +236,15 @@ class Servicer(VllmEngineServicer):
         text = f"{self._engine.num_open} requests are open; flush when they have ended, or give it more seconds to wait"
         return common_pb2.FlushCacheResponse(success=False, message=text)
 
-    async def StartProfile(self, request: Any, context: grpc.aio.ServicerContext) -> NoReturn:
-        await _unimplemented(context, "this version has no profiling over gRPC")
+    async def StartProfile(
+        self, request: common_pb2.StartProfileRequest, context: grpc.aio.ServicerContext
+    ) -> common_pb2.ProfileResponse:
+        return await ordered(self._engine, request, common_pb2.ProfileResponse, context)
 
-    async def StopProfile(self, request: Any, context: grpc.aio.ServicerContext) -> NoReturn:
-        await _unimplemented(context, "this version has no profiling over gRPC")
+    async def StopProfile(
+        self, request: common_pb2.StopProfileRequest, context: grpc.aio.ServicerContext
+    ) -> common_pb2.ProfileResponse:
+        return await ordered(self._engine, request, common_pb2.ProfileResponse, context)
 
     async def SubscribeKvEvents(
         self, request: common_pb2.SubscribeKvEventsRequest, context: grpc.aio.ServicerContext
@@ -237,15 +253,35 @@ class Servicer(VllmEngineServicer):
         if not info.prefix_cache:
             await _unimplemented(context, "this server has no prefix cache to tell of")
         await context.send_initial_metadata(())  # a subscriber waits for it, and events may not come for long
-        async with contextlib.aclosing(self._engine.kv_events(request.start_sequence_number)) as events:
+        # A record alone has the number of its rank's last batch.
+        last = dict.fromkeys(range(info.num_ranks), 0) if request.load_records_before_first_batch else {}
+        records = _LoadRecords(self._engine)
+        async with contextlib.aclosing(self._engine.kv_events(request.start_sequence_number, _HEARTBEAT)) as events:
             async for told in events:
-                await context.write(_kv_batch(told, info.page_size))
+                if told is not None:
+                    batch = _kv_batch(told, info.page_size)
+                    if (record := records.of_rank(told.batch.rank)) is not None:
+                        batch.load.CopyFrom(record)
+                    last[told.batch.rank] = batch.sequence_number
+                    await context.write(batch)
+                    continue
+                for rank, record in records.beat():
+                    if rank in last:
+                        message = common_pb2.KvEventBatch(sequence_number=last[rank], dp_rank=rank, load=record)
+                        message.timestamp = time.time()
+                        await context.write(message)
         await context.abort(grpc.StatusCode.UNAVAILABLE, self._engine.reason)
 
     async def _generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
         engine, info, asked = self._engine, self._engine.info, request.sampling_params
         _check_fields(request, info)
         params = _sampling_params(asked, info)
+        if _asks_for_routing(context):
+            if not info.routed_experts:
+                raise ConfigError(
+                    f"{ASKS}: this server does not tell which experts tokens go to; start it with --routed-experts"
+                )
+            params = dataclasses.replace(params, routed_experts=True)
         answers = self._answers(asked, params)
         request_id = request.request_id or str(uuid.uuid4())
         caller = Caller(caller_key(context, bearer=self._bearer), _trace_headers(context))
@@ -349,6 +385,7 @@ async def _send_stream(
                 index=piece.sample,
             )
             _add_logprobs(chunk, piece, prompt, params, logprobs=logprobs)
+            add_routed(chunk, piece.routed)
             await context.write(pb.GenerateResponse(chunk=chunk))
         if piece.finish is not None:
             left -= 1
@@ -365,14 +402,19 @@ async def _send_whole(
     logprobs: bool,
 ) -> None:
     wholes: dict[int, pb.GenerateComplete] = {}
+    routed: dict[int, RoutedExperts] = {}
     left = params.n
     while left:
         piece = await stream.read()
         whole = wholes.setdefault(piece.sample, pb.GenerateComplete())
         whole.output_ids.extend(piece.token_ids)
         _add_logprobs(whole, piece, prompt, params, logprobs=logprobs)
+        if piece.routed is not None:
+            before = routed.setdefault(piece.sample, piece.routed._replace(experts=b""))
+            routed[piece.sample] = before._replace(experts=before.experts + piece.routed.experts)
         if piece.finish is not None:
             left -= 1
+            add_routed(whole, routed.get(piece.sample))
             whole.MergeFrom(_complete(piece.finish, piece.sample, stream, len(whole.output_ids)))
             await context.write(pb.GenerateResponse(complete=whole))
 
@@ -436,6 +478,74 @@ def _kv_batch(told: Told, page_size: int) -> common_pb2.KvEventBatch:
                     tokens = event.token_ids[n * page_size : (n + 1) * page_size]
                     one.stored.blocks.add(block_hash=page, token_ids=tokens, block_size=page_size)
     return message
+
+
+def _usage(rank: RankLoad) -> float:
+    return rank.used_pages / max(1, rank.total_pages)
+
+
+class _LoadRecords:
+    """What each rank carries, as one subscriber is told it."""
+
+    def __init__(self, engine: RemoteEngine) -> None:
+        self._engine = engine
+        self._sample = self._beats = 0
+        self._told: dict[int, common_pb2.EngineLoad] = {}
+        self._heard: float | None = None
+        self._waiting: list[int] = []
+        self._uncached: list[int] = []
+
+    def of_rank(self, rank: int) -> common_pb2.EngineLoad | None:
+        """Beside an event; None before the engine has told anything."""
+        ranks, age = self._engine.reported
+        return self._record(ranks, rank, age) if ranks else None
+
+    def beat(self) -> Iterator[tuple[int, common_pb2.EngineLoad]]:
+        """Of ranks where something has changed, and now and then of all."""
+        ranks, age = self._engine.reported
+        self._beats += 1
+        self._heard = None  # requests come though the engine is silent
+        for number, rank in enumerate(ranks):
+            record = self._record(ranks, number, age)
+            silence = self._engine.silence
+            core = common_pb2.EngineLoad()
+            core.CopyFrom(record)
+            core.ClearField("sample")
+            core.ClearField("age_ms")
+            if core == self._told.get(number) and silence is None and self._beats % _BEATS:
+                continue
+            self._told[number] = core
+            record.load_only = record.engine_reports_steps = True
+            record.cache_hit_rate = rank.hit_rate
+            record.num_used_tokens = rank.used_pages * self._engine.info.page_size
+            record.max_total_num_tokens = rank.total_pages * self._engine.info.page_size
+            record.prefill_pending_tokens = self._engine.prefilling_tokens
+            if silence is not None:
+                record.engine_silence_ms = int(1000 * silence)
+            yield number, record
+
+    def _record(self, ranks: Sequence[RankLoad], number: int, age: float) -> common_pb2.EngineLoad:
+        engine, rank = self._engine, ranks[number]
+        self._sample += 1
+        if self._heard != engine.last_word:  # once for all that a step brings
+            self._heard = engine.last_word
+            self._waiting = waiting_by_rank(ranks, engine.unplaced(ranks))
+            self._uncached = engine.waiting_tokens(len(ranks))
+        return common_pb2.EngineLoad(
+            running_requests=rank.running,
+            waiting_requests=self._waiting[number],
+            waiting_uncached_tokens=self._uncached[number],
+            token_usage=_usage(rank),
+            active_token_usage=_usage(rank),
+            gen_throughput=rank.throughput if engine.num_live else 0.0,
+            max_running_requests=engine.info.max_running // len(ranks),
+            age_ms=int(1000 * age),
+            sample=self._sample,
+        )
+
+
+def _asks_for_routing(context: grpc.aio.ServicerContext) -> bool:
+    return any(key == ASKS and value not in ("", "0") for key, value in context.invocation_metadata() or ())
 
 
 def _check_fields(request: pb.GenerateRequest, info: ModelInfo) -> None:
@@ -521,6 +631,15 @@ def _too_long(length: str, info: ModelInfo, field: str) -> InvalidRequestError:
         f"send at most {info.max_context - 1}",
         field,
     )
+
+
+async def ordered(engine: RemoteEngine, request: Message, response: type[_M], context: Any) -> _M:
+    """What the engine answers to a request between two steps; ends the RPC if it cannot."""
+    try:
+        content = await engine.order(request.DESCRIPTOR.name, request.SerializeToString())
+    except Exception as error:
+        await abort(context, error)
+    return response.FromString(content)
 
 
 async def abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:

@@ -17,6 +17,7 @@ import tokenizers
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from jaxmoe.engine.request import RoutedExperts
 from jaxmoe.errors import CheckpointError, InvalidRequestError
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json")
@@ -200,11 +201,15 @@ def _begins(text: str) -> Callable[[str], bool]:
 
 
 class Delta(NamedTuple):
-    """What came of an answer since the last one. finish_reason: None while it goes on."""
+    """What came of an answer since the last one.
+
+    finish_reason: None while it goes on. routed_experts: if asked for; see `jaxmoe.engine.request.Output`.
+    """
 
     token_ids: tuple[int, ...]
     text: str
     finish_reason: str | None = None
+    routed_experts: RoutedExperts | None = None
 
 
 class AnswerText:

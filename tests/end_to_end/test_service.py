@@ -11,13 +11,17 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fuzzing
 import grpc
 import openai
 import pytest
 from google.rpc import error_details_pb2, status_pb2
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from smg_grpc_proto.generated import common_pb2
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from smg_grpc_proto.generated.vllm_engine_pb2_grpc import VllmEngineStub
@@ -30,6 +34,8 @@ ROOT = Path(__file__).parents[2]
 GRPCURL = Path(sys.executable).with_name("grpcurl")
 SERVICE = "vllm.grpc.engine.VllmEngine"
 MAX_BATCH, MAX_QUEUE, RANKS, CONTEXT = 2, 4, 4, 512
+AT_ONCE = 8  # requests of any kind
+BROKEN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL)
 TALK = [{"role": "user", "content": "Who art thou?"}]
 
 
@@ -96,13 +102,15 @@ class Service:
 
 
 @pytest.fixture(scope="module")
-def service(pytestconfig):
+def service(pytestconfig, tmp_path_factory):
     inherited = {name: value for name, value in os.environ.items() if name not in ("NPROC", "XLA_FLAGS")}
     environment = {**inherited, "JAX_COMPILATION_CACHE_DIR": str(pytestconfig.cache.mkdir("served"))}
     grpc_port, http_port = free_port(), free_port()
     limits = {"max-batch": MAX_BATCH, "max-queue": MAX_QUEUE, "max-context": CONTEXT, "max-prefill-tokens": 64}
     command = [sys.executable, "-m", "jaxmoe.gateway", "--mesh", "dp=2,ep=2", f"--http-port={http_port}"]
     command += [f"--port={grpc_port}", "--metrics-port=0", "--log-level=info", "--log-format=json"]
+    placement = tmp_path_factory.mktemp("placement") / "placement.json"
+    command += ["--rebalance", "--routed-experts", f"--save-placement={placement}"]
     command += [f"--{name}={value}" for name, value in limits.items()]
     command += ["--", f"--prometheus-port={free_port()}"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
@@ -149,6 +157,9 @@ def test_grpcurl_finds_its_way(service):
     code, told, error = service.grpcurl("describe", SERVICE)
     assert code == 0, error
     assert "stream .vllm.grpc.engine.GenerateResponse" in told
+    code, told, error = service.grpcurl("describe", f"{SERVICE}.Generate")
+    assert code == 0, error
+    assert "rpc Generate" in told
 
 
 def test_grpcurl_generates_with_the_least_of_fields(service):
@@ -285,20 +296,151 @@ def test_an_operator_sees_how_the_model_lies_and_what_it_took(service):
     assert all(sorted(mixture.slot_expert) == list(range(8)) for mixture in placement.mixtures)
     programs = service.admin.GetPrograms(admin_pb2.GetProgramsRequest())
     assert programs.late_compiles == 0
-    assert any(program.title.startswith("decode") for program in programs.programs)
+    steps = [program for program in programs.programs if program.title.startswith(("decode", "step"))]
+    assert steps
     memory = service.admin.GetMemory(admin_pb2.GetMemoryRequest())
     assert memory.kv_cache_bytes > 0
     weights = {each.kind: each.bytes for each in memory.weights}
     parameters = jaxmoe.load().params
     experts = sum(leaf.nbytes for leaf in parameters["experts"].values())
     assert weights["experts"] == experts // 2  # one copy over each row of two devices
-    decode = next(program.name for program in programs.programs if program.title.startswith("decode"))
-    (found,) = service.admin.GetCollectives(admin_pb2.GetCollectivesRequest(program=decode), timeout=60).programs
+    asked = admin_pb2.GetCollectivesRequest(program=steps[0].name)
+    (found,) = service.admin.GetCollectives(asked, timeout=60).programs
     assert {axis for one in found.collectives for axis in one.axes} <= {"dp", "ep"}
     assert found.collectives
     with pytest.raises(grpc.RpcError) as error:
         service.admin.GetCollectives(admin_pb2.GetCollectivesRequest(program="nothing"), timeout=60)
     assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_an_operator_sees_experts_moves_them_and_keeps_where_they_are(service):
+    list(service.generate(text="In the beginning", max_tokens=20))
+    load = service.admin.GetExpertLoad(admin_pb2.GetExpertLoadRequest(), timeout=60)
+    assert load.assignments == sum(sum(layer.experts) for layer in load.layers) > 0
+    for layer in load.layers:
+        assert [len(copy.devices) for copy in layer.copies] == [2, 2]
+        assert sum(sum(copy.devices) for copy in layer.copies) == sum(layer.experts)
+    assert 0.5 <= load.worst_balancedness <= load.balancedness <= 1
+    before = service.admin.GetPlacement(admin_pb2.GetPlacementRequest())
+    reversed_ones = admin_pb2.StartRebalanceRequest(
+        mixtures=[
+            admin_pb2.MixturePlacement(layer=mixture.layer, slot_expert=mixture.slot_expert[::-1])
+            for mixture in before.mixtures
+        ]
+    )
+    expected = list(service.generate(text="In the beginning", max_tokens=40))[-1].complete.output_ids
+    running = service.generate(text="In the beginning", max_tokens=40)
+    assert service.admin.StartRebalance(reversed_ones, timeout=60).trigger == "call"
+    assert list(running)[-1].complete.output_ids == expected
+    deadline = time.monotonic() + 60
+    while (told := service.admin.GetRebalance(admin_pb2.GetRebalanceRequest(), timeout=60)).outcome == "running":
+        assert time.monotonic() < deadline
+    assert (told.outcome, told.moved_experts) == ("done", 8 * len(before.mixtures))
+    after = service.admin.GetPlacement(admin_pb2.GetPlacementRequest())
+    assert list(after.mixtures) == list(reversed_ones.mixtures)
+    saved = json.loads(Path(service.admin.SavePlacement(admin_pb2.SavePlacementRequest()).path).read_text())
+    assert saved["slot_expert"] == [list(mixture.slot_expert) for mixture in after.mixtures]
+    list(service.generate(text="In the beginning", max_tokens=2))
+    metrics = service.admin.GetMetrics(admin_pb2.GetMetricsRequest(prefix="jaxmoe:")).samples
+    assert {"jaxmoe:expert_balancedness", "jaxmoe:moved_experts_total"} <= {sample.name for sample in metrics}
+    reversed_ones.mixtures[0].slot_expert[0] = 99
+    for wrong, status in [
+        (lambda: service.admin.StartRebalance(reversed_ones, timeout=60), grpc.StatusCode.INVALID_ARGUMENT),
+        (
+            lambda: service.stub.StartProfile(common_pb2.StartProfileRequest(), timeout=60),
+            grpc.StatusCode.FAILED_PRECONDITION,
+        ),
+    ]:
+        with pytest.raises(grpc.RpcError) as error:
+            wrong()
+        assert error.value.code() is status
+
+
+def test_where_each_token_went_is_streamed(service):
+    prompt = pb.TokenizedInput(input_ids=range(50, 59))
+    params = pb.SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    request = pb.GenerateRequest(tokenized=prompt, sampling_params=params, stream=True)
+    call = service.stub.Generate(request, metadata=[("jaxmoe-routed-experts", "1")], timeout=60)
+    told = [admin_pb2.RoutedTokens.FromString(each.chunk.SerializeToString()).routed_experts for each in call][:-1]
+    k, layers = told[0].k, told[0].layers
+    assert (k, layers) == (2, len(service.admin.GetPlacement(admin_pb2.GetPlacementRequest()).mixtures))
+    experts = [expert for each in told for expert in each.experts]
+    assert len(experts) == (9 + 5 - 1) * layers * k
+    assert set(experts) <= set(range(8))
+    assert all(one != other for one, other in zip(experts[::2], experts[1::2], strict=True))
+
+
+def test_a_burst_at_an_idle_server_finds_all_its_places(service):
+    service.wait_until_free()
+    calls = [service.generate(text="In the beginning", max_tokens=4) for _ in range(MAX_BATCH * RANKS + MAX_QUEUE)]
+    assert [list(call)[-1].complete.finish_reason for call in calls] == ["length"] * len(calls)
+
+
+def test_whatever_is_sent_the_server_stays_and_others_do_not_notice(service, pytestconfig):
+    count, asked = pytestconfig.getoption("--fuzz"), {"text": "In the beginning", "max_tokens": 24}
+
+    def control():
+        while True:
+            try:
+                return list(service.generate(**asked))[-1].complete.output_ids
+            except grpc.RpcError as error:
+                if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:  # a place in the queue is not sure
+                    return [str(error)]
+
+    expected, over, seen = list(control()), threading.Event(), []
+
+    def keep_asking():
+        while not over.is_set():
+            seen.append(list(control()))
+
+    statuses: Counter[grpc.StatusCode] = Counter()
+    wrong = []
+
+    @settings(
+        max_examples=max(1, count // AT_ONCE), deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(st.lists(fuzzing.calls(), min_size=AT_ONCE, max_size=AT_ONCE))
+    def fuzz(calls):
+        for call, status in zip(
+            calls, pool.map(lambda call: fuzzing.send(service.channel, *call, 0.5), calls), strict=True
+        ):
+            statuses[status] += 1
+            if status in BROKEN:
+                wrong.append((status, call[0].full_name, call[1]))
+        assert not wrong
+
+    beside = threading.Thread(target=keep_asking)
+    beside.start()
+    try:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            fuzz()
+    finally:
+        over.set()
+        beside.join()
+    print(f"{sum(statuses.values())} requests: {dict(statuses)}; the control {len(seen)} times")
+    assert statuses[grpc.StatusCode.OK] > 0
+    assert statuses[grpc.StatusCode.INVALID_ARGUMENT] > 0
+    assert all(tokens == expected for tokens in [*seen, list(control())])
+    assert service.stub.HealthCheck(pb.HealthCheckRequest(), timeout=30).healthy
+    service.wait_until_free()
+
+
+def test_openai_passes_tools_through(client):
+    parameters = {
+        "type": "object",
+        "properties": {"n": {"type": "integer"}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
+    tools = [{"type": "function", "function": {"name": "count", "description": "counts", "parameters": parameters}}]
+    asked = {"model": "mixtral", "messages": TALK, "tools": tools, "max_completion_tokens": 100, "temperature": 0}
+    told = client.chat.completions.create(**asked, tool_choice="auto").choices[0]
+    assert told.message.content or told.message.tool_calls
+    # A weak model calls a function if it must: by a grammar that the gateway makes of the tools.
+    choice = {"type": "function", "function": {"name": "count"}}
+    (call,) = client.chat.completions.create(**asked, tool_choice=choice).choices[0].message.tool_calls
+    assert call.function.name == "count"
+    assert isinstance(json.loads(call.function.arguments)["n"], int)
 
 
 def test_top_and_the_client_see_the_same_server(service):
@@ -315,6 +457,7 @@ def test_top_and_the_client_see_the_same_server(service):
     )
     assert ran.returncode == 0, ran.stderr
     assert "mixtral  serving" in ran.stdout
+    assert "an expert a column" in ran.stdout
 
 
 def test_a_text_is_scored_as_its_tokens_are_told(service):
@@ -405,19 +548,21 @@ def test_a_subscriber_learns_which_pages_hold_a_prompt(service):
     prompt = list(range(100, 140))
     call = service.generate(tokenized=pb.TokenizedInput(input_ids=prompt), max_tokens=1, data_parallel_rank=3)
     assert len(list(call)) == 1
-    told, numbers = [], []
+    told, numbers = [], {}
     while len(told) < 2:
         batch = next(events)
-        numbers.append(batch.sequence_number)
+        if batch.load.load_only:
+            continue
+        numbers.setdefault(batch.dp_rank, []).append(batch.sequence_number)
         for event in batch.events:
             if batch.dp_rank == 3 and event.HasField("cleared"):
                 told = []
             if batch.dp_rank == 3 and event.HasField("stored"):
                 told += event.stored.blocks
     assert [list(block.token_ids) for block in told[-2:]] == [prompt[:16], prompt[16:32]]
-    assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    assert all(of_rank == list(range(of_rank[0], of_rank[0] + len(of_rank))) for of_rank in numbers.values())
     assert service.stub.FlushCache(common_pb2.FlushCacheRequest(timeout_s=20), timeout=30).success
-    cleared = next(batch for batch in events if batch.dp_rank == 3)
+    cleared = next(batch for batch in events if batch.dp_rank == 3 and batch.events)
     events.cancel()
     assert cleared.events[0].HasField("cleared")
 

@@ -3,15 +3,18 @@
 import gzip
 
 import pytest
+from smg_grpc_proto.generated import common_pb2
 
 from jaxmoe.api import load
 from jaxmoe.engine.config import EngineConfig
 from jaxmoe.engine.engine import Engine
 from jaxmoe.engine.request import Request, SamplingParams
+from jaxmoe.errors import ConfigError, InvalidRequestError
 from jaxmoe.measuring import trace
 from jaxmoe.measuring.breakdown import break_down
 from jaxmoe.measuring.phases import Driver, Phase
 from jaxmoe.measuring.profile import PASSED_OVER, ProfiledEngine
+from jaxmoe.serving.orders import Orders
 
 
 def ask(engine, tokens):
@@ -74,3 +77,33 @@ def test_a_profile_of_an_engine_that_never_got_that_far_is_none(engine, tmp_path
     assert not said
     with pytest.raises(FileNotFoundError, match="holds no recording"):
         trace.read(tmp_path)
+
+
+def test_steps_are_recorded_when_asked_for_and_only_then(engine, tmp_path):
+    said = []
+    profiled = ProfiledEngine(engine, tmp_path, 0, said.append)
+    ask(profiled, PASSED_OVER + 3)
+    assert not profiled.stop()
+    orders = Orders(engine, profiled)
+    assert start_profile(orders, num_steps=3).success
+    with pytest.raises(ConfigError, match="already"):
+        start_profile(orders)
+    ask(profiled, 6)
+    profiled.close()
+    assert start_profile(orders, output_dir=str(tmp_path)).success
+    ask(profiled, 5)
+    assert common_pb2.ProfileResponse.FromString(orders("StopProfileRequest", b"")).success
+    assert not common_pb2.ProfileResponse.FromString(orders("StopProfileRequest", b"")).success
+    profiled.close()
+    assert [said[0].count("3 steps of"), said[1].count("5 steps of")] == [1, 1]
+    for wrong in ({"output_dir": "/elsewhere"}, {"num_steps": 0}, {"with_stack": True}, {"start_step": 7}):
+        with pytest.raises(InvalidRequestError) as error:
+            start_profile(orders, **wrong)
+        assert error.value.field in wrong
+    with pytest.raises(ConfigError, match="--profile DIR"):
+        start_profile(Orders(engine))
+
+
+def start_profile(orders, **fields):
+    content = common_pb2.StartProfileRequest(**fields).SerializeToString()
+    return common_pb2.ProfileResponse.FromString(orders("StartProfileRequest", content))

@@ -1,12 +1,13 @@
 """An engine that says the prompt over and over, one token a step. Deterministic, and open to inspection from a test."""
 
 import dataclasses
+import struct
 import threading
 from types import SimpleNamespace
 
-from jaxmoe.engine.request import Output
+from jaxmoe.engine.request import Output, RoutedExperts
 from jaxmoe.errors import DuplicateRequestError, InvalidRequestError, QueueFullError
-from jaxmoe.serving.link import ModelInfo, RankLoad
+from jaxmoe.serving.link import ModelInfo
 
 PAGE_SIZE = 16
 PAGES = 4096
@@ -64,6 +65,14 @@ class FakeEngine:
         self._waiting = []
         self._aborted = []
         self.last_step = NOTHING
+        self.generated = 0
+        self.balance = None
+        self.rebalances = (0, 0, 0, 0, 0)
+        self.last_rebalance = None
+
+    @property
+    def statistics(self):
+        return SimpleNamespace(report=lambda: self.balance)
 
     @property
     def has_work(self):
@@ -127,8 +136,10 @@ class FakeEngine:
     def loads(self):
         lengths = [len(live.request.prompt) + live.generated for live in self._live.values()]
         used = sum(-(-length // PAGE_SIZE) for length in lengths)
-        idle = [RankLoad(0, 0, 0, PAGES)] * (self.info.num_ranks - 1)
-        return [RankLoad(len(lengths), 0, used, PAGES), *idle]
+        tokens = {"generated_tokens": self.generated, "queried_tokens": 40, "hit_tokens": 30}
+        busy = SimpleNamespace(running=len(lengths), waiting=0, used_pages=used, total_pages=PAGES, **tokens)
+        nothing = dict.fromkeys(["running", "waiting", "used_pages", *tokens], 0)
+        return [busy, *[SimpleNamespace(**nothing, total_pages=PAGES)] * (self.info.num_ranks - 1)]
 
     def kv_events(self):
         taken, self.kv_batches = self.kv_batches, []
@@ -166,7 +177,18 @@ class FakeEngine:
                 for n in range(1, len(request.prompt))
             )
         live.generated += 1
+        self.generated += 1
+        if params.routed_experts:
+            told["routed_experts"] = self._routed(live)
         if token in params.stop_token_ids or (token in self.info.eos_token_ids and not params.ignore_eos):
             return Output(request.id, (token,), (logprob,), "stop", token, **told)
         limit = min(params.max_tokens or self.info.max_context, self.info.max_context - len(request.prompt))
         return Output(request.id, (token,), (logprob,), "length" if live.generated >= limit else None, **told)
+
+    def _routed(self, live):
+        """Of two mixtures with one expert a token: its position, and that and 300 more."""
+        end = len(live.request.prompt) + live.generated - 1
+        start = end - 1 if live.generated > 1 else 0
+        return RoutedExperts(
+            start, 2, 1, struct.pack(f"<{2 * (end - start)}H", *(p + m for p in range(start, end) for m in (0, 300)))
+        )

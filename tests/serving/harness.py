@@ -61,8 +61,12 @@ def error_detail(error, kind):
     return detail
 
 
+def no_orders(name, content):
+    return b""
+
+
 @contextlib.contextmanager
-def serving(info, *, pace=0.0, step_timeout=120.0, max_backlog=16384, tables=None, **options):
+def serving(info, *, pace=0.0, step_timeout=120.0, max_backlog=16384, tables=None, orders=no_orders, **options):
     """options: further fields of FrontendConfig."""
     config = FrontendConfig(
         host="127.0.0.1",
@@ -78,7 +82,7 @@ def serving(info, *, pace=0.0, step_timeout=120.0, max_backlog=16384, tables=Non
 
     def loop(link):
         try:
-            serve_engine(engine, link, on_serving=ready.set, tables=tables)
+            serve_engine(engine, link, on_serving=ready.set, tables=tables, orders=orders)
         except RuntimeError as error:
             failures.append(error)
 

@@ -5,7 +5,7 @@ import pytest
 from fake_engine import model_info
 from harness import error_detail, generate_request, process, serving
 
-from jaxmoe.errors import InvalidRequestError
+from jaxmoe.errors import ConfigError, InvalidRequestError
 from jaxmoe.serving.proto import admin_pb2 as pb
 from jaxmoe.serving.proto.admin_pb2_grpc import AdminStub
 
@@ -61,3 +61,26 @@ def test_drain_ends_the_server_once_what_runs_has_ended(checkpoint):
         *_, last = running
         assert last.complete.finish_reason == "length"
         assert server.end() == (0, "")
+
+
+def test_orders_go_to_the_engine_and_come_back(checkpoint):
+    """Between two steps, so that they never wait for one."""
+
+    def orders(name, content):
+        if name == "StartRebalanceRequest":
+            raise ConfigError("this engine keeps no room to move experts; start it with --rebalance")
+        if name == "SavePlacementRequest":
+            return pb.SavePlacementResponse(path="/there").SerializeToString()
+        return pb.Rebalance(trigger=name).SerializeToString()
+
+    with serving(model_info(checkpoint), orders=orders) as server:
+        admin = AdminStub(server.channel)
+        running = server.generate([5], stream=True)
+        next(running)
+        assert admin.GetRebalance(pb.GetRebalanceRequest(), timeout=30).trigger == "GetRebalanceRequest"
+        assert admin.SavePlacement(pb.SavePlacementRequest(), timeout=30).path == "/there"
+        with pytest.raises(grpc.RpcError) as error:
+            admin.StartRebalance(pb.StartRebalanceRequest(), timeout=30)
+        running.cancel()
+    assert error.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert "--rebalance" in error.value.details()

@@ -115,6 +115,21 @@ def _wait_for_workers(client, count):
     pytest.fail("the gateway has not found its workers")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
+def test_a_child_does_not_outlive_a_parent_that_is_killed():
+    parent = """
+import subprocess, sys, threading
+from jaxmoe import gateway
+with gateway._child([sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"], threading.Event()):
+    threading.Event().wait()
+"""
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE) as running:
+        assert running.stdout.readline() == b"up\n"
+        running.kill()
+        # The child holds the other end of the pipe as long as it lives.
+        assert running.stdout.read() == b""
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

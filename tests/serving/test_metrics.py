@@ -7,7 +7,7 @@ from harness import serving
 from prometheus_client.parser import text_string_to_metric_families
 
 from jaxmoe.errors import ConfigError
-from jaxmoe.serving.link import FrontendConfig, RankLoad, Report, Step, Totals
+from jaxmoe.serving.link import Balance, FrontendConfig, Moves, RankLoad, Report, Step, Totals
 from jaxmoe.serving.metrics import Metrics, Timeline, waiting_by_rank
 from jaxmoe.serving.server import Frontend
 
@@ -139,3 +139,22 @@ def test_every_rank_has_its_own_load():
     assert [told["vllm:num_requests_running", rank] for rank in "01"] == [3, 0]
     assert [told["vllm:num_requests_waiting", rank] for rank in "01"] == waiting_by_rank(ranks, 3) == [3, 1]
     assert [told["vllm:kv_cache_usage_perc", rank] for rank in "01"] == [0.25, 0]
+
+
+def test_balance_and_moves_are_told_in_few_numbers(checkpoint):
+    balance = Balance(0.5, 0.8, 0.625, 1, 0.25)
+    moves = Moves(done=2, failed=1, moved_experts=7, moved_bytes=700, running=True, worst_step_seconds=0.5)
+    metrics = Metrics()
+    metrics.begin(model_info(checkpoint, mixture_layers=(1, 3)))
+    before = {(name, *labels.items()) for name, labels, _ in metrics.samples()}
+    metrics.report(Report([], Totals(), balance, moves))
+    told = {(name, labels.get("outcome")): value for name, labels, value in metrics.samples()}
+    assert told["jaxmoe:expert_balancedness", None] == 0.5
+    assert told["jaxmoe:expert_balance_ceiling", None] == 0.8
+    assert told["jaxmoe:expert_balance_of_ceiling", None] == 0.625
+    assert told["jaxmoe:expert_worst_layer", None] == 3
+    assert told["jaxmoe:expert_worst_balancedness", None] == 0.25
+    assert [told["jaxmoe:rebalances_total", outcome] for outcome in ("done", "failed", "deadline")] == [2, 1, 0]
+    assert (told["jaxmoe:moved_experts_total", None], told["jaxmoe:moved_expert_bytes_total", None]) == (7, 700)
+    assert (told["jaxmoe:rebalancing", None], told["jaxmoe:rebalance_worst_step_seconds", None]) == (1, 0.5)
+    assert len({(name, *labels.items()) for name, labels, _ in metrics.samples()} - before) == 5

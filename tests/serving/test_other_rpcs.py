@@ -10,6 +10,7 @@ from harness import generate_request, serving
 from smg_grpc_proto.generated import common_pb2
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 
+from jaxmoe.serving.frontend import Descriptors
 from jaxmoe.serving.link import Ready
 from jaxmoe.serving.remote_engine import Phase, RemoteEngine
 from jaxmoe.serving.servicer import Servicer
@@ -19,7 +20,11 @@ from jaxmoe.serving.tokenization import Tokenizer, read_files, unpack_files
 def test_reflection_lists_and_describes_the_services(server):
     database = ProtoReflectionDescriptorDatabase(server.channel)
     assert {"vllm.grpc.engine.VllmEngine", "jaxmoe.v1.Admin", "grpc.health.v1.Health"} <= set(database.get_services())
-    assert database.FindFileContainingSymbol("vllm.grpc.engine.VllmEngine").name == "vllm_engine.proto"
+    for symbol in ("VllmEngine", "VllmEngine.Generate", "GenerateRequest.text"):
+        assert database.FindFileContainingSymbol(f"vllm.grpc.engine.{symbol}").name == "vllm_engine.proto"
+    for symbol in ("vllm.grpc.engine.VllmEngine.Nothing", "vllm.grpc.engine.Nothing.Generate", "nothing"):
+        with pytest.raises(KeyError):
+            Descriptors().FindFileContainingSymbol(symbol)
 
 
 def test_model_info(checkpoint):
@@ -54,6 +59,22 @@ def test_loads_are_those_of_the_engine(server):
     assert 160 <= report.loads[0].num_used_tokens < report.loads[0].max_total_num_tokens == 65536
     assert report.loads[0].token_usage == report.loads[0].num_used_tokens / 65536
     assert (report.dp_rank_count, one.dp_rank_count, one.loads[0].dp_rank) == (2, 1, 1)
+    assert report.loads[0].cache_hit_rate == 0.75
+    assert report.loads[0].gen_throughput > 0
+    assert one.loads[0].gen_throughput == 0
+    assert 0 < report.loads[0].utilization < 1
+
+
+def test_prompts_that_wait_are_counted_in_tokens(checkpoint):
+    with serving(model_info(checkpoint, max_running=1)) as server:
+        running = server.generate([5], stream=True)
+        next(running)
+        calls = [server.generate([5] * 10, data_parallel_rank=1), server.generate([5] * 7)]
+        server.engine.wait_until(lambda engine: len(engine.submitted) == 3)
+        loads = server.stub.GetLoads(pb.GetLoadsRequest(), timeout=30).loads
+        assert [load.num_waiting_uncached_tokens for load in loads] == [4, 13]
+        for call in (running, *calls):
+            call.cancel()
 
 
 def test_the_tokenizer_comes_over_the_wire(server, checkpoint):
@@ -69,8 +90,6 @@ def test_the_tokenizer_comes_over_the_wire(server, checkpoint):
     ("method", "request_type"),
     [
         ("Embed", pb.EmbedRequest),
-        ("StartProfile", common_pb2.StartProfileRequest),
-        ("StopProfile", common_pb2.StopProfileRequest),
     ],
 )
 def test_what_is_not_there_says_so(server, method, request_type):
@@ -158,3 +177,14 @@ def test_answers_that_are_no_models_say_so(checkpoint, server):
     call = server.generate([5], max_tokens=3)
     list(call)
     assert "jaxmoe-invalid" not in dict(call.initial_metadata())
+
+
+@pytest.mark.parametrize("method", ["Generate", "GetLoads", "SubscribeKvEvents"])
+def test_bytes_that_are_no_message_are_refused_and_logged_nowhere(server, capfd, method):
+    streams = server.channel.unary_stream if method != "GetLoads" else server.channel.unary_unary
+    call = streams(f"/vllm.grpc.engine.VllmEngine/{method}", request_serializer=None, response_deserializer=None)
+    with pytest.raises(grpc.RpcError) as error:
+        list(call(b"\xff\xff", timeout=30))
+    assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "reflection" in error.value.details()
+    assert capfd.readouterr().err == ""

@@ -6,9 +6,10 @@ import re
 
 import jaxmoe.top
 from jaxmoe.client import Client
+from jaxmoe.serving.link import Balance, Report, Totals
 from jaxmoe.serving.metrics import Metrics
 from jaxmoe.serving.proto import admin_pb2 as pb
-from jaxmoe.top import Snapshot, latency, main, quantile, render
+from jaxmoe.top import Snapshot, heat_map, latency, main, quantile, render
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -49,6 +50,23 @@ def test_quantiles_are_as_prometheus_has_them():
     assert quantile([(1.0, 0.0), (math.inf, 5.0)], 0.5) == 1.0
 
 
+def test_the_heat_map_has_a_row_a_layer_and_at_most_64_columns():
+    def layer(number, experts):
+        return pb.LayerLoad(layer=number, experts=experts)
+
+    assert heat_map(pb.ExpertLoad()) == []
+    few = pb.ExpertLoad(balancedness=0.5, of_ceiling=0.8, worst_layer=3, worst_balancedness=0.25)
+    few.layers.extend([layer(1, [0, 4, 8, 0]), layer(3, [0, 0, 0, 0])])
+    _, told, _, first, second = heat_map(few)
+    assert told == "balancedness 0.50, 80 % of what even routing reaches; 0.25 in layer 3, the worst"
+    assert first.split() == ["1", "▄█", "2.67"]
+    assert second.split() == ["3", "1.00"]
+    many = pb.ExpertLoad(layers=[layer(0, [0] * 255 + [1])])
+    *_, title, row = heat_map(many)
+    assert "the busiest of 4 experts a column" in title
+    assert row[9:73] == " " * 63 + "█"
+
+
 def test_one_look_at_a_server(server, capsys):
     with Client(server.address) as client:
         client.generate([5], max_tokens=3)
@@ -71,6 +89,7 @@ def test_the_dashboard_shows_only_metrics_that_there_are():
     metrics = Metrics()
     metrics.begin(model_info(""))
     metrics.refused("INTERNAL")
+    metrics.report(Report([], Totals(), Balance(0.5, 0.8, 0.625, 0, 0.25)))
     known = {sample.name for sample in metrics.samples()}
     known |= {"vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"}
     text = (ROOT / "docs" / "grafana_dashboard.json").read_text()

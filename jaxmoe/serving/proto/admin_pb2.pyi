@@ -70,6 +70,110 @@ class MixturePlacement(_message.Message):
     slot_expert: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, layer: _Optional[int] = ..., slot_expert: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class GetExpertLoadRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ExpertLoad(_message.Message):
+    __slots__ = ("calls", "assignments", "balancedness", "ceiling", "of_ceiling", "long_run", "worst_layer", "worst_balancedness", "rounds", "most_rounds", "exchanged_bytes", "layers")
+    CALLS_FIELD_NUMBER: _ClassVar[int]
+    ASSIGNMENTS_FIELD_NUMBER: _ClassVar[int]
+    BALANCEDNESS_FIELD_NUMBER: _ClassVar[int]
+    CEILING_FIELD_NUMBER: _ClassVar[int]
+    OF_CEILING_FIELD_NUMBER: _ClassVar[int]
+    LONG_RUN_FIELD_NUMBER: _ClassVar[int]
+    WORST_LAYER_FIELD_NUMBER: _ClassVar[int]
+    WORST_BALANCEDNESS_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    MOST_ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    EXCHANGED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    calls: int
+    assignments: int
+    balancedness: float
+    ceiling: float
+    of_ceiling: float
+    long_run: float
+    worst_layer: int
+    worst_balancedness: float
+    rounds: float
+    most_rounds: int
+    exchanged_bytes: int
+    layers: _containers.RepeatedCompositeFieldContainer[LayerLoad]
+    def __init__(self, calls: _Optional[int] = ..., assignments: _Optional[int] = ..., balancedness: _Optional[float] = ..., ceiling: _Optional[float] = ..., of_ceiling: _Optional[float] = ..., long_run: _Optional[float] = ..., worst_layer: _Optional[int] = ..., worst_balancedness: _Optional[float] = ..., rounds: _Optional[float] = ..., most_rounds: _Optional[int] = ..., exchanged_bytes: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[LayerLoad, _Mapping]]] = ...) -> None: ...
+
+class LayerLoad(_message.Message):
+    __slots__ = ("layer", "experts", "average", "copies")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    AVERAGE_FIELD_NUMBER: _ClassVar[int]
+    COPIES_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    experts: _containers.RepeatedScalarFieldContainer[int]
+    average: _containers.RepeatedScalarFieldContainer[float]
+    copies: _containers.RepeatedCompositeFieldContainer[DeviceLoads]
+    def __init__(self, layer: _Optional[int] = ..., experts: _Optional[_Iterable[int]] = ..., average: _Optional[_Iterable[float]] = ..., copies: _Optional[_Iterable[_Union[DeviceLoads, _Mapping]]] = ...) -> None: ...
+
+class DeviceLoads(_message.Message):
+    __slots__ = ("devices",)
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
+    devices: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, devices: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class StartRebalanceRequest(_message.Message):
+    __slots__ = ("mixtures",)
+    MIXTURES_FIELD_NUMBER: _ClassVar[int]
+    mixtures: _containers.RepeatedCompositeFieldContainer[MixturePlacement]
+    def __init__(self, mixtures: _Optional[_Iterable[_Union[MixturePlacement, _Mapping]]] = ...) -> None: ...
+
+class GetRebalanceRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Rebalance(_message.Message):
+    __slots__ = ("trigger", "outcome", "reason", "looked_at", "moved_layers", "moved_experts", "moved_bytes", "steps", "seconds", "moving_seconds", "worst_step_seconds", "worst_moving_seconds", "usual_step_seconds", "before", "after")
+    TRIGGER_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    LOOKED_AT_FIELD_NUMBER: _ClassVar[int]
+    MOVED_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    MOVED_EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    MOVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    MOVING_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    WORST_STEP_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    WORST_MOVING_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    USUAL_STEP_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    BEFORE_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    trigger: str
+    outcome: str
+    reason: str
+    looked_at: int
+    moved_layers: int
+    moved_experts: int
+    moved_bytes: int
+    steps: int
+    seconds: float
+    moving_seconds: float
+    worst_step_seconds: float
+    worst_moving_seconds: float
+    usual_step_seconds: float
+    before: float
+    after: float
+    def __init__(self, trigger: _Optional[str] = ..., outcome: _Optional[str] = ..., reason: _Optional[str] = ..., looked_at: _Optional[int] = ..., moved_layers: _Optional[int] = ..., moved_experts: _Optional[int] = ..., moved_bytes: _Optional[int] = ..., steps: _Optional[int] = ..., seconds: _Optional[float] = ..., moving_seconds: _Optional[float] = ..., worst_step_seconds: _Optional[float] = ..., worst_moving_seconds: _Optional[float] = ..., usual_step_seconds: _Optional[float] = ..., before: _Optional[float] = ..., after: _Optional[float] = ...) -> None: ...
+
+class SavePlacementRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class SavePlacementResponse(_message.Message):
+    __slots__ = ("path",)
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    def __init__(self, path: _Optional[str] = ...) -> None: ...
+
 class GetProgramsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
@@ -218,3 +322,21 @@ class DrainResponse(_message.Message):
     OPEN_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     open_requests: int
     def __init__(self, open_requests: _Optional[int] = ...) -> None: ...
+
+class RoutedTokens(_message.Message):
+    __slots__ = ("routed_experts",)
+    ROUTED_EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    routed_experts: RoutedExperts
+    def __init__(self, routed_experts: _Optional[_Union[RoutedExperts, _Mapping]] = ...) -> None: ...
+
+class RoutedExperts(_message.Message):
+    __slots__ = ("start", "layers", "k", "experts")
+    START_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    K_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    start: int
+    layers: int
+    k: int
+    experts: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, start: _Optional[int] = ..., layers: _Optional[int] = ..., k: _Optional[int] = ..., experts: _Optional[_Iterable[int]] = ...) -> None: ...

@@ -44,6 +44,26 @@ class AdminStub(object):
                 request_serializer=jaxmoe_dot_serving_dot_proto_dot_admin__pb2.GetPlacementRequest.SerializeToString,
                 response_deserializer=jaxmoe_dot_serving_dot_proto_dot_admin__pb2.Placement.FromString,
                 _registered_method=True)
+        self.GetExpertLoad = channel.unary_unary(
+                '/jaxmoe.v1.Admin/GetExpertLoad',
+                request_serializer=jaxmoe_dot_serving_dot_proto_dot_admin__pb2.GetExpertLoadRequest.SerializeToString,
+                response_deserializer=jaxmoe_dot_serving_dot_proto_dot_admin__pb2.ExpertLoad.FromString,
+                _registered_method=True)
+        self.StartRebalance = channel.unary_unary(
+                '/jaxmoe.v1.Admin/StartRebalance',
+                request_serializer=jaxmoe_dot_serving_dot_proto_dot_admin__pb2.StartRebalanceRequest.SerializeToString,
+                response_deserializer=jaxmoe_dot_serving_dot_proto_dot_admin__pb2.Rebalance.FromString,
+                _registered_method=True)
+        self.GetRebalance = channel.unary_unary(
+                '/jaxmoe.v1.Admin/GetRebalance',
+                request_serializer=jaxmoe_dot_serving_dot_proto_dot_admin__pb2.GetRebalanceRequest.SerializeToString,
+                response_deserializer=jaxmoe_dot_serving_dot_proto_dot_admin__pb2.Rebalance.FromString,
+                _registered_method=True)
+        self.SavePlacement = channel.unary_unary(
+                '/jaxmoe.v1.Admin/SavePlacement',
+                request_serializer=jaxmoe_dot_serving_dot_proto_dot_admin__pb2.SavePlacementRequest.SerializeToString,
+                response_deserializer=jaxmoe_dot_serving_dot_proto_dot_admin__pb2.SavePlacementResponse.FromString,
+                _registered_method=True)
         self.GetPrograms = channel.unary_unary(
                 '/jaxmoe.v1.Admin/GetPrograms',
                 request_serializer=jaxmoe_dot_serving_dot_proto_dot_admin__pb2.GetProgramsRequest.SerializeToString,
@@ -83,6 +103,35 @@ class AdminServicer(object):
 
     def GetPlacement(self, request, context):
         """Which physical slot holds which expert, in every mixture.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetExpertLoad(self, request, context):
+        """What fell on experts and devices within the window of recent calls, and how evenly.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StartRebalance(self, request, context):
+        """Begins to move experts: to a placement, or to what is planned for recent loads. Returns at once; FAILED_PRECONDITION
+        where the server keeps no room for it (--rebalance), or while experts move.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetRebalance(self, request, context):
+        """How the rebalance under way, or the latest, fares.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SavePlacement(self, request, context):
+        """Writes the present placement into the file that --save-placement names, for --placement at a later start.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -135,6 +184,26 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.GetPlacement,
                     request_deserializer=jaxmoe_dot_serving_dot_proto_dot_admin__pb2.GetPlacementRequest.FromString,
                     response_serializer=jaxmoe_dot_serving_dot_proto_dot_admin__pb2.Placement.SerializeToString,
+            ),
+            'GetExpertLoad': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetExpertLoad,
+                    request_deserializer=jaxmoe_dot_serving_dot_proto_dot_admin__pb2.GetExpertLoadRequest.FromString,
+                    response_serializer=jaxmoe_dot_serving_dot_proto_dot_admin__pb2.ExpertLoad.SerializeToString,
+            ),
+            'StartRebalance': grpc.unary_unary_rpc_method_handler(
+                    servicer.StartRebalance,
+                    request_deserializer=jaxmoe_dot_serving_dot_proto_dot_admin__pb2.StartRebalanceRequest.FromString,
+                    response_serializer=jaxmoe_dot_serving_dot_proto_dot_admin__pb2.Rebalance.SerializeToString,
+            ),
+            'GetRebalance': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRebalance,
+                    request_deserializer=jaxmoe_dot_serving_dot_proto_dot_admin__pb2.GetRebalanceRequest.FromString,
+                    response_serializer=jaxmoe_dot_serving_dot_proto_dot_admin__pb2.Rebalance.SerializeToString,
+            ),
+            'SavePlacement': grpc.unary_unary_rpc_method_handler(
+                    servicer.SavePlacement,
+                    request_deserializer=jaxmoe_dot_serving_dot_proto_dot_admin__pb2.SavePlacementRequest.FromString,
+                    response_serializer=jaxmoe_dot_serving_dot_proto_dot_admin__pb2.SavePlacementResponse.SerializeToString,
             ),
             'GetPrograms': grpc.unary_unary_rpc_method_handler(
                     servicer.GetPrograms,
@@ -216,6 +285,114 @@ class Admin(object):
             '/jaxmoe.v1.Admin/GetPlacement',
             jaxmoe_dot_serving_dot_proto_dot_admin__pb2.GetPlacementRequest.SerializeToString,
             jaxmoe_dot_serving_dot_proto_dot_admin__pb2.Placement.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetExpertLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxmoe.v1.Admin/GetExpertLoad',
+            jaxmoe_dot_serving_dot_proto_dot_admin__pb2.GetExpertLoadRequest.SerializeToString,
+            jaxmoe_dot_serving_dot_proto_dot_admin__pb2.ExpertLoad.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StartRebalance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxmoe.v1.Admin/StartRebalance',
+            jaxmoe_dot_serving_dot_proto_dot_admin__pb2.StartRebalanceRequest.SerializeToString,
+            jaxmoe_dot_serving_dot_proto_dot_admin__pb2.Rebalance.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetRebalance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxmoe.v1.Admin/GetRebalance',
+            jaxmoe_dot_serving_dot_proto_dot_admin__pb2.GetRebalanceRequest.SerializeToString,
+            jaxmoe_dot_serving_dot_proto_dot_admin__pb2.Rebalance.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SavePlacement(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxmoe.v1.Admin/SavePlacement',
+            jaxmoe_dot_serving_dot_proto_dot_admin__pb2.SavePlacementRequest.SerializeToString,
+            jaxmoe_dot_serving_dot_proto_dot_admin__pb2.SavePlacementResponse.FromString,
             options,
             channel_credentials,
             insecure,
