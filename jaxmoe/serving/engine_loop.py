@@ -74,6 +74,10 @@ class EngineCounters(Protocol):
     def queried_tokens(self) -> int: ...
     @property
     def hit_tokens(self) -> int: ...
+    @property
+    def drafts(self) -> int: ...
+    @property
+    def accepted_drafts(self) -> int: ...
 
 
 class EngineLike(Protocol):
@@ -202,5 +206,7 @@ def _report(engine: EngineLike) -> Report:
         now.failed_steps,
         now.queried_tokens,
         now.hit_tokens,
+        now.drafts,
+        now.accepted_drafts,
     )
     return Report(_loads(engine).ranks, totals)
