@@ -53,6 +53,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--drain-timeout", type=float, default=30.0, help="seconds to finish after SIGTERM (%(default)s)"
     )
+    parser.add_argument(
+        "--speculate",
+        choices=("mtp",),
+        help="have the checkpoint's layer for multi-token prediction draft a token a step; answers stay the same",
+    )
     add_rebalance_arguments(parser)
     parser.add_argument(
         "--record-routing", metavar="FILE", help="write the experts of the first tokens there at the end, to replay"
@@ -150,7 +155,9 @@ def main(argv: list[str] | None = None) -> int:
         return server.Served(profiled, info, Tables(engine), Orders(engine, profiled, args.save_placement))
 
     try:
-        config = engine_config(args, max_queue=args.max_queue, rebalance=rebalance_config(args))
+        config = engine_config(
+            args, max_queue=args.max_queue, rebalance=rebalance_config(args), speculate=args.speculate
+        )
         folder = profile_folder(args, least=0)
         with contextlib.ExitStack() as ending:
             return server.run(

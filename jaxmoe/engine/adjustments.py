@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxmoe.engine.batch import Ranks
+from jaxmoe.engine.batch import Ranks, first_draws
 from jaxmoe.engine.grammars import Grammars, Matcher
-from jaxmoe.engine.scheduler import Chunk, Sequence
+from jaxmoe.engine.scheduler import Sequence
 
 ENTRIES_A_ROW, FEWEST_ENTRIES = 256, 1024
 
@@ -89,12 +89,17 @@ class Adjuster:
         self._matchers: weakref.WeakKeyDictionary[Sequence, Matcher] = weakref.WeakKeyDictionary()
 
     def pack(self, batch: int, ranks: Ranks) -> Iterator[Int[np.ndarray, "R words"]]:
-        """What to apply to the logits of a call, one after the other: nothing if no row asks for anything.
+        """What to apply to the `batch` rows of logits of a call, one after the other: nothing if none asks.
 
         Entries that are too many for one array go on in the next.
         """
         rows = [
-            [(row, chunk.sequence) for row, chunk in enumerate(chunks) if chunk.samples and self._asks(chunk)]
+            [
+                (first + ahead, chunk.sequence, ahead)
+                for first, chunk in zip(first_draws(chunks), chunks, strict=False)
+                for ahead in range(chunk.draws)
+                if chunk.samples and self._asks(chunk.sequence, ahead)
+            ]
             for chunks in ranks
         ]
         if not any(rows):
@@ -113,30 +118,34 @@ class Adjuster:
                     own["allowed"][:] = -1
             yield packed.copy()  # a launched call may yet read it
 
-    def _fill(self, fields: dict[str, Any], rows: Seq[tuple[int, Sequence]]) -> Int[np.ndarray, "four entries"]:
-        """Writes what there is for each row into a rank's fields, and returns the entries."""
+    def _fill(self, fields: dict[str, Any], rows: Seq[tuple[int, Sequence, int]]) -> Int[np.ndarray, "four entries"]:
+        """Writes what there is for each row into a rank's fields, and returns the entries.
+
+        rows: with its sequence, and how many tokens ahead of that it draws, after drafts.
+        """
         repetition, frequency, presence = (fields[name].view(np.float32) for name in PENALTIES)
         fields["allowed"][:] = -1
         repetition[:] = 1
-        for row, sequence in rows:
+        for row, sequence, ahead in rows:
             params = sequence.request.params
             repetition[row] = params.repetition_penalty
             frequency[row], presence[row] = params.frequency_penalty, params.presence_penalty
-            self._allow(sequence, fields["allowed"][row])
-        return np.concatenate([np.zeros((4, 0), np.int32), *(self._entries(*each) for each in rows)], axis=1)
+            self._allow(sequence, ahead, fields["allowed"][row])
+        entries = (self._entries(row, sequence) for row, sequence, _ in rows)
+        return np.concatenate([np.zeros((4, 0), np.int32), *entries], axis=1)
 
-    def _asks(self, chunk: Chunk) -> bool:
-        params = chunk.sequence.request.params
-        return params.needs_last_token or bool(params.logit_bias) or bool(self._forbidden(chunk.sequence))
+    def _asks(self, sequence: Sequence, ahead: int) -> bool:
+        params = sequence.request.params
+        return params.needs_last_token or bool(params.logit_bias) or bool(self._forbidden(sequence, ahead))
 
-    def _forbidden(self, sequence: Sequence) -> tuple[int, ...]:
+    def _forbidden(self, sequence: Sequence, ahead: int) -> tuple[int, ...]:
         """Tokens that would end it too soon."""
         params = sequence.request.params
-        if len(sequence.tokens) - len(sequence.request.prompt) >= params.min_tokens:
+        if len(sequence.tokens) + ahead - len(sequence.request.prompt) >= params.min_tokens:
             return ()
         return params.stop_token_ids + (() if params.ignore_eos else self._stops)
 
-    def _allow(self, sequence: Sequence, allowed: Int[np.ndarray, "words"]) -> None:
+    def _allow(self, sequence: Sequence, ahead: int, allowed: Int[np.ndarray, "words"]) -> None:
         """Clears the bits of tokens that may not come next."""
         request = sequence.request
         if request.params.constraint is not None:
@@ -145,7 +154,7 @@ class Adjuster:
                 matcher = self._matchers[sequence] = self._grammars.matcher(request.params.constraint)
             matcher.follow(sequence.tokens[len(request.prompt) :])
             matcher.allow(allowed)
-        if forbidden := self._forbidden(sequence):
+        if forbidden := self._forbidden(sequence, ahead):
             without = allowed.view(np.uint32).copy()
             for token in forbidden:
                 without[token >> 5] &= np.uint32(~(1 << (token & 31)) & 0xFFFFFFFF)

@@ -31,17 +31,29 @@ class StepShape:
 
     A group of pages whose span is shorter than the context has tables of fewer pages: see `Packing.widths`.
     one_row: tokens are those of all sequences together, one sequence after the other.
+    drafts: tokens of a sequence that decodes which may be guesses.
     """
 
     batch: int
     tokens: int
     pages: int
     one_row: bool = False
+    drafts: int = 0
 
     @property
     def rows(self) -> int:
         """Tokens that go through the model, padding included."""
         return self.tokens if self.one_row else self.batch * self.tokens
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it takes no prompts."""
+        return not self.one_row and self.tokens == 1 + self.drafts
+
+    @property
+    def draws(self) -> int:
+        """Rows of logits from which tokens are drawn: one a sequence, and one more for each of its drafts."""
+        return min(self.rows, self.batch * (1 + self.drafts))
 
     def begins(self, chunks: Seq[Chunk]) -> list[int]:
         """The row of each chunk's first token, and the one after the last that there is."""
@@ -52,12 +64,11 @@ class StepShape:
     def __str__(self) -> str:
         if self.one_row:
             return f"step tokens={self.tokens} batch={self.batch} pages={self.pages}"
-        kind = "decode" if self.tokens == 1 else "prefill"
-        return f"{kind} batch={self.batch} tokens={self.tokens} pages={self.pages}"
+        return f"{'decode' if self.decodes else 'prefill'} batch={self.batch} tokens={self.tokens} pages={self.pages}"
 
 
 class Sampling(NamedTuple):
-    """How each sequence's token is chosen: the arguments of `ops.sampling.sample` after the logits."""
+    """How each token is chosen: the arguments of `ops.sampling.sample` after the logits."""
 
     temperature: Float[Array, "*R B"]
     top_k: Int[Array, "*R B"]
@@ -82,11 +93,19 @@ class Batch(NamedTuple):
     """A step's input, unpacked on the device: of one rank, or of all with a leading axis R.
 
     A sequence of length 0 is padding, and so is a token at position -1. tables, firsts, pieces: see `PagedContext`.
+    begins: the row of each sequence's first token.
+    draws: the rows after which tokens are drawn, sequence by sequence: the last of each, before it one for each draft;
+        then any rows of padding. drawers: the sequences that these are of.
+    following: the token after a sequence's last; -1 where that is yet to be drawn.
+    drafts: how many of a sequence's tokens, the last ones, are guesses.
     """
 
     tokens: Int[Array, "*R rows T"]
     positions: Int[Array, "*R rows T"]
     pieces: Pieces | None
+    begins: Int[Array, "*R B"]
+    draws: Int[Array, "*R draws"]
+    drawers: Int[Array, "*R draws"]
     tables: tuple[Int[Array, "*R B pages"], ...]
     firsts: tuple[Int[Array, "*R B"], ...]
     start: Int[Array, "*R B"]
@@ -96,25 +115,71 @@ class Batch(NamedTuple):
     top_p: Float[Array, "*R B"]
     min_p: Float[Array, "*R B"]
     seed: Int[Array, "*R B"]
-
-    @property
-    def ends(self) -> Int[Array, "*R B"]:
-        """The row of each sequence's last token; any row of padding."""
-        if self.pieces is not None:
-            return jnp.maximum(self.pieces.begins[..., 1:] - 1, 0)
-        rows, tokens = self.tokens.shape[-2:]
-        return jnp.arange(rows) * tokens + jnp.maximum(self.length - 1, 0)
+    following: Int[Array, "*R B"]
+    drafts: Int[Array, "*R B"]
 
     @property
     def sequences_in_use(self) -> Int[Array, "*R"] | None:
         return None if self.pieces is None else jnp.sum(self.length > 0, axis=-1, dtype=jnp.int32)
 
     @property
+    def draws_in_use(self) -> Int[Array, "*R"] | None:
+        in_use = self.sequences_in_use
+        return None if in_use is None else in_use + jnp.sum(self.drafts, axis=-1, dtype=jnp.int32)
+
+    @property
     def sampling(self) -> Sampling:
-        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.seed, self.start + self.length)
+        """Of all draws of one rank."""
+        of_sequences = Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.seed, self.start)
+        of_draws = Sampling(*(field[self.drawers] for field in of_sequences))
+        return of_draws._replace(position=self.positions.reshape(-1)[self.draws] + 1)
 
 
-PER_SEQUENCE = ("start", "length", "temperature", "top_k", "top_p", "min_p", "seed")
+class Following(NamedTuple):
+    """What a layer that predicts a token more goes over, once the tokens of a step are drawn: of one rank, or of all.
+
+    tokens: the one after each row's own. positions: -1 for padding, and for drafts that were wrong.
+    ends: the row of each sequence's last token that stays. sampling: a `Sampling`, packed, of what comes after the
+        token after that.
+    """
+
+    tokens: Int[Array, "*R rows T"]
+    positions: Int[Array, "*R rows T"]
+    ends: Int[Array, "*R B"]
+    sampling: Int[Array, "*R B fields"]
+
+    @classmethod
+    def of(cls, batch: Batch, drawn: Int[Array, "draws"]) -> "Following":
+        """From what a step's forward pass went over, and the tokens drawn after it.
+
+        Of a sequence whose rows are 5 and the draft 7: if 3 is drawn after 5, 7 is wrong, and row 5, which 3 follows,
+        is the end; if 7 and then 3 are drawn, it is right, 7 follows row 5 and 3 row 7, which is the end.
+        """
+        tokens, positions = batch.tokens.reshape(-1), batch.positions.reshape(-1)
+        last = jnp.minimum(batch.begins + jnp.maximum(batch.length - 1, 0), len(tokens) - 1)
+        drafted = batch.drafts > 0
+        first_draw = jnp.cumsum(1 + batch.drafts) - 1 - batch.drafts
+        own = drawn.at[first_draw].get(mode="clip")
+        final = drawn.at[first_draw + batch.drafts].get(mode="clip")
+        wrong = drafted & (own != tokens[last])
+
+        def put(array: Array, rows: Array, values: Array | int, where: Array) -> Array:
+            return array.at[jnp.where(where, rows, len(array))].set(values, mode="drop")
+
+        after = jnp.where(batch.following < 0, final, batch.following)
+        shifted = put(jnp.roll(tokens, -1), last, after, batch.length > 0)
+        shifted = put(shifted, batch.begins, own, drafted)
+        ends = jnp.where(wrong, batch.begins, last)
+        params = (batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.seed)
+        return cls(
+            shifted.reshape(batch.tokens.shape),
+            put(positions, last, -1, wrong).reshape(batch.positions.shape),
+            ends,
+            Sampling(*params, positions[ends] + 2).pack(),
+        )
+
+
+PER_SEQUENCE = ("start", "length", "temperature", "top_k", "top_p", "min_p", "seed", "following", "drafts")
 FLOATS = ("temperature", "top_p", "min_p")
 
 
@@ -148,9 +213,9 @@ class Packing:
             if shape.one_row:
                 fields["decodes"][:] = sum(map(_decodes, chunks))
             tokens: list[int] = []
-            for begin, (sequence, start, length, _) in zip(shape.begins(chunks), chunks, strict=False):
+            for begin, chunk in zip(shape.begins(chunks), chunks, strict=False):
                 tokens += [0] * (begin - len(tokens))
-                tokens += sequence.tokens[start : start + length]
+                tokens += chunk.tokens
             fields["tokens"][: len(tokens)] = tokens
             held = [chunk.sequence.tables for chunk in chunks]
             params = [chunk.sequence.request.params for chunk in chunks]
@@ -168,6 +233,10 @@ class Packing:
             fields["top_p"].view(np.float32)[:count] = [each.top_p for each in params]
             fields["min_p"].view(np.float32)[:count] = [each.min_p for each in params]
             fields["seed"].view(np.uint32)[:count] = [(each.seed or 0) & 0xFFFFFFFF for each in params]
+            fields["following"][:count] = [
+                -1 if chunk.samples else chunk.sequence.tokens[chunk.start + chunk.length] for chunk in chunks
+            ]
+            fields["drafts"][:count] = [chunk.draws - 1 for chunk in chunks]
         return packed
 
     def unpack(self, packed: Int[Array, "words"], shape: StepShape) -> Batch:
@@ -180,12 +249,23 @@ class Packing:
             row = jnp.arange(shape.tokens)
             sequence = jnp.sum(row[:, None] >= begins[1:], axis=1)
             at = start.at[sequence].get(mode="clip") + row - begins[sequence]
-            positions, pieces = jnp.where(row < begins[-1], at, -1)[None], Pieces(begins, fields.pop("decodes")[0])
+            positions = jnp.where(row < begins[-1], at, -1)[None]
+            pieces = Pieces(begins, jnp.arange(shape.draws) < begins[fields.pop("decodes")[0]])
+            begins, ends = begins[:-1], jnp.maximum(begins[1:] - 1, 0)
         else:
             pieces, offset = None, jnp.arange(shape.tokens)
             positions = jnp.where(offset < length[:, None], start[:, None] + offset, -1)
+            begins = jnp.arange(shape.batch, dtype=jnp.int32) * shape.tokens
+            ends = begins + jnp.maximum(length - 1, 0)
         fields["tokens"] = fields["tokens"].reshape(positions.shape)
-        return Batch(**{**fields, **as_float, "positions": positions, "pieces": pieces})
+        drawers, draws = jnp.arange(shape.batch, dtype=jnp.int32), ends
+        if shape.drafts:
+            # Of each draw, whose it is and how many more that sequence has.
+            until, draw = jnp.cumsum(1 + fields["drafts"]), jnp.arange(shape.draws)
+            drawers = jnp.minimum(jnp.sum(draw[:, None] >= until, axis=1, dtype=jnp.int32), shape.batch - 1)
+            draws = jnp.maximum(ends[drawers] - jnp.maximum(until[drawers] - 1 - draw, 0), 0)
+        found = {"positions": positions, "pieces": pieces, "begins": begins, "draws": draws, "drawers": drawers}
+        return Batch(**{**fields, **as_float, **found})
 
     def _split(self, words: Any, shape: StepShape) -> dict[str, Any]:
         """Views of the fields of one rank's words."""
@@ -233,13 +313,13 @@ class OneRow:
     """
 
     def __init__(self, config: EngineConfig, max_context: int, packing: Packing) -> None:
-        self._packing, self._max_batch = packing, config.max_batch
+        self._packing, self._max_batch, self._drafts = packing, config.max_batch, config.decode_tokens - 1
         pages = -(-max_context // packing.page_size)
         self._pages = _powers(min(pages, -(-LONG_CONTEXT // packing.page_size)), pages, 16)
         # Sampling pays for its rows, so that there are as many sizes of batches as tokens up to a full one.
         self._tokens = [
-            *_powers(1, config.max_batch, 2),
-            *_powers(config.max_batch, config.token_budget, 4)[1:],
+            *_powers(1, most := config.max_batch * config.decode_tokens, 2),
+            *_powers(most, config.token_budget, 4)[1:],
         ]
 
     def __iter__(self) -> Iterator[StepShape]:
@@ -256,7 +336,7 @@ class OneRow:
         return [(self._shape(tokens, _pages(self._pages, self._packing.page_size, ranks)), ranks)]
 
     def _shape(self, tokens: int, pages: int) -> StepShape:
-        shape = StepShape(min(tokens, self._max_batch), tokens, pages, one_row=True)
+        shape = StepShape(min(tokens, self._max_batch), tokens, pages, one_row=True, drafts=self._drafts)
         return dataclasses.replace(shape, pages=_needed(self._packing, shape))
 
 
@@ -267,7 +347,7 @@ class Grid:
     """
 
     def __init__(self, config: EngineConfig, max_context: int, packing: Packing) -> None:
-        self.packing = packing
+        self.packing, self._decode_tokens = packing, config.decode_tokens
         pages = -(-max_context // packing.page_size)
         self.pages = _powers(min(pages, -(-SHORT_CONTEXT // packing.page_size)), pages, 4)
         self.decode = _powers(1, config.max_batch, 2)
@@ -278,8 +358,9 @@ class Grid:
         self.prefill = sorted(prefills, key=lambda shape: (shape[1], shape[0]))
 
     def __iter__(self) -> Iterator[StepShape]:
-        rows = [*((batch, 1) for batch in self.decode), *self.prefill]
-        shapes = [self._shape(batch, tokens, pages) for pages in self.pages for batch, tokens in rows]
+        of_decodes, drafts = self._decode_tokens, self._decode_tokens - 1
+        rows = [*((batch, of_decodes, drafts) for batch in self.decode), *((*rows, 0) for rows in self.prefill)]
+        shapes = [self._shape(batch, tokens, pages, drafts) for pages in self.pages for batch, tokens, drafts in rows]
         return iter(dict.fromkeys(shapes))
 
     def calls(self, plan: StepPlan) -> Calls:
@@ -303,11 +384,18 @@ class Grid:
         if any(plan.decodes):
             batch = next(size for size in self.decode if size >= max(map(len, plan.decodes)))
             pages = _pages(self.pages, self.packing.page_size, plan.decodes)
-            calls.append((self._shape(batch, 1, pages), plan.decodes))
+            shape = self._shape(batch, self._decode_tokens, pages, self._decode_tokens - 1)
+            calls.append((shape, plan.decodes))
         return calls
 
-    def _shape(self, batch: int, tokens: int, pages: int) -> StepShape:
-        return StepShape(batch, tokens, _needed(self.packing, StepShape(batch, tokens, pages)))
+    def _shape(self, batch: int, tokens: int, pages: int, drafts: int = 0) -> StepShape:
+        pages = _needed(self.packing, StepShape(batch, tokens, pages))
+        return StepShape(batch, tokens, pages, drafts=drafts)
+
+
+def first_draws(chunks: Seq[Chunk]) -> list[int]:
+    """The place of each chunk's first draw among all, and how many there are."""
+    return [0, *itertools.accumulate(chunk.draws for chunk in chunks)]
 
 
 def buckets(config: EngineConfig, max_context: int, packing: Packing, kernels: Kernels = "xla") -> Buckets:
@@ -316,8 +404,8 @@ def buckets(config: EngineConfig, max_context: int, packing: Packing, kernels: K
 
 
 def _decodes(chunk: Chunk) -> bool:
-    """Whether it is an answer's token, alone: what a prompt leaves for its end is a piece of it, however short."""
-    return chunk.length == 1 and chunk.start >= len(chunk.sequence.request.prompt)
+    """Whether it is an answer's token, alone but for a draft: what a prompt leaves for its end is a piece of it."""
+    return chunk.length == chunk.draws and chunk.start >= len(chunk.sequence.request.prompt)
 
 
 def _needed(packing: Packing, shape: StepShape) -> int:

@@ -7,6 +7,7 @@ from jaxmoe.errors import ConfigError
 # Share of the memory that the weights leave, for KV pages: on an accelerator nothing else needs it but the activations;
 # on a CPU the rest of the machine does.
 ACCELERATOR_SHARE, CPU_SHARE = 0.85, 0.25
+SPECULATE = (None, "mtp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +50,8 @@ class EngineConfig:
         enough of them for `max_batch` sequences but never more than this.
     max_batch: sequences decoding at once.
     max_context: tokens of prompt and generation together; None is the model's own limit.
-    max_batch_tokens: tokens that go through the model in one step: those that decode, one each, and then chunks of
-        prompts; None is a full batch that decodes beside `max_prefill_tokens`.
+    max_batch_tokens: tokens that go through the model in one step: those that decode, one each or with a draft two, and
+        then chunks of prompts; None is a full batch that decodes beside `max_prefill_tokens`.
     max_prefill_tokens: prompt tokens prefilled in one step, for which programs are compiled; a longer prompt is split
         over several. Never more than `max_batch_tokens`.
     max_prefill_sequences: sequences whose chunks may share one prefill step.
@@ -61,6 +62,8 @@ class EngineConfig:
     warm_up: compile every step program before the first request, as a server must; without it each is compiled when a
         step first needs it, which suits a notebook.
     rebalance: when experts may move while the engine serves; None keeps no room for that.
+    speculate: "mtp": the checkpoint's layer for multi-token prediction drafts a token for every sequence that decodes,
+        and the next step verifies it; None puts one token a sequence through the model.
     """
 
     page_size: int = 16
@@ -75,30 +78,39 @@ class EngineConfig:
     priority_ageing: int = 100
     warm_up: bool = True
     rebalance: Rebalance | None = None
+    speculate: str | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if (
-                field.name == "rebalance"
+                field.name in ("rebalance", "speculate")
                 or isinstance(field.default, bool)
                 or (value is None and field.default is None)
             ):
                 continue
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{field.name}={value!r} must be a whole number of at least 1")
+        if self.speculate not in SPECULATE:
+            raise ConfigError(f"speculate={self.speculate!r} must be 'mtp' or None")
         if self.max_context == 1:
             raise ConfigError("max_context=1 has no room for a prompt token and a generated one; use 2 or more")
         if self.max_batch_tokens is not None:
-            if self.max_batch_tokens < self.max_batch:
+            if self.max_batch_tokens < (least := self.max_batch * self.decode_tokens):
+                each = "one token" if self.decode_tokens == 1 else f"{self.decode_tokens} tokens, one of them a draft,"
                 raise ConfigError(
                     f"max_batch_tokens={self.max_batch_tokens} has no room for max_batch={self.max_batch} sequences "
-                    f"that decode one token each; use max_batch_tokens >= {self.max_batch} or a smaller max_batch"
+                    f"that decode {each} each; use max_batch_tokens >= {least} or a smaller max_batch"
                 )
             longest = min(self.max_prefill_tokens, self.max_batch_tokens)
             object.__setattr__(self, "max_prefill_tokens", longest)
 
     @property
+    def decode_tokens(self) -> int:
+        """Tokens that a sequence which decodes may put through the model in one step."""
+        return 1 if self.speculate is None else 2
+
+    @property
     def token_budget(self) -> int:
         """Tokens of one step on a rank."""
-        return self.max_batch_tokens or self.max_batch + self.max_prefill_tokens
+        return self.max_batch_tokens or self.max_batch * self.decode_tokens + self.max_prefill_tokens

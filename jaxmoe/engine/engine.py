@@ -50,7 +50,7 @@ class Counters(NamedTuple):
     preemptions: how often a sequence gave up its pages to an older one and was computed anew.
     programs, compile_seconds: compiled programs, and the wall time that each took, summed up.
     late_compiles: those of them that warm-up did not foresee.
-    failed_steps, queried_tokens, hit_tokens: see `jaxmoe.engine.scheduler.Stats`.
+    failed_steps, queried_tokens, hit_tokens, drafts, accepted_drafts: see `jaxmoe.engine.scheduler.Stats`.
     """
 
     preemptions: int
@@ -60,6 +60,8 @@ class Counters(NamedTuple):
     failed_steps: int
     queried_tokens: int
     hit_tokens: int
+    drafts: int
+    accepted_drafts: int
 
 
 class Engine:
@@ -270,6 +272,8 @@ class Engine:
             stats.failed_steps,
             stats.queried_tokens,
             stats.hit_tokens,
+            stats.drafts,
+            stats.accepted_drafts,
         )
 
     def check_integrity(self) -> None:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxmoe.axes import Hidden
 from jaxmoe.engine.adjustments import AdjustmentShape
-from jaxmoe.engine.batch import Batch, Packing, Sampling, StepShape
+from jaxmoe.engine.batch import Batch, Following, Packing, Sampling, StepShape
 from jaxmoe.engine.model import Progress, no_progress
 from jaxmoe.engine.programs import Program, build, summary
 from jaxmoe.engine.prompt_logprobs import Rows, rows_a_call
@@ -66,13 +66,14 @@ class Steppable(Protocol):
 class Forward(NamedTuple):
     """What a forward pass brings: the cache, updated in place, and what sampling goes by.
 
-    logits: after each sequence's last token. sampling: a `Sampling`, packed. hidden: of a prefill, the states after the
-        final norm; else None. routed: None without mixtures.
+    logits: of what is drawn: after each sequence's last token, and with a draft the one before. sampling: a `Sampling`,
+        packed. hidden: the states after the final norm, where somebody looks at them; else None. routed: None without
+        mixtures.
     """
 
     cache: KVCache
-    logits: Float[Array, "R B V"]
-    sampling: Int[Array, "R B fields"]
+    logits: Float[Array, "R draws V"]
+    sampling: Int[Array, "R draws fields"]
     hidden: Hidden | None
     routed: Routed | None
 
@@ -80,18 +81,23 @@ class Forward(NamedTuple):
 class Executables:
     """Step programs by shape. `late_compiles` counts those that warm-up did not foresee: 0 in good health.
 
-    A step is two programs: the forward pass, one for each shape, and sampling, one for each number of sequences; apart,
+    A step is two programs: the forward pass, one for each shape, and sampling, one for each number of draws; apart,
     because sampling is a third of the code and does not depend on how much context there is. Steps in which some row
-    asks for it have an adjusting program between these and a reporting one after, also by number of sequences; and
-    prefills one that tells of the prompt's tokens.
+    asks for it have an adjusting program between these and a reporting one after, also by number of draws; and
+    prefills one that tells of the prompt's tokens. Where steps draft, each ends with a program that does, one for each
+    shape.
     Without a warm-up each program is compiled when it is first needed.
 
+    speculates: whether steps draft.
     programs: what was compiled, in the order in which it was done.
     """
 
-    def __init__(self, model: Steppable, cache: KVCache | CacheShapes, packing: Packing) -> None:
+    def __init__(
+        self, model: Steppable, cache: KVCache | CacheShapes, packing: Packing, speculates: bool = False
+    ) -> None:
         self._model = model
         self._packing = packing
+        self._speculates = speculates
         self._cache_shape = jax.tree.map(_abstract, cache)
         self._compiled: dict[str, Any] = {}
         self._options = CPU_OPTIONS if model.mesh.devices.flat[0].platform == "cpu" else None
@@ -108,8 +114,10 @@ class Executables:
         for shape in shapes:
             wanted[str(shape)] = functools.partial(self.compile, shape)
             for kind, compile_kind in self._of_batch.items():
-                wanted[f"{kind} batch={shape.batch}"] = functools.partial(compile_kind, shape.batch)
-            if shape.tokens > 1:
+                wanted[f"{kind} batch={shape.draws}"] = functools.partial(compile_kind, shape.draws)
+            if self._speculates:
+                wanted[_drafts(shape)] = functools.partial(self.compile_drafting, shape)
+            if shape.tokens > 1 and not shape.decodes:
                 wanted[_prompts(shape)] = functools.partial(self.compile_prompts, shape)
         with ThreadPoolExecutor(COMPILE_THREADS) as pool:
             jobs = {pool.submit(compile_program): title for title, compile_program in wanted.items()}
@@ -128,8 +136,10 @@ class Executables:
         run = self._program(str(shape), self.compile, shape)
         return Forward(*run(self._model.params, self._model.placement, cache, packed))
 
-    def sample(self, logits: Float[Array, "R B V"], sampling: Int[Array, "R B fields"]) -> Int[Array, "R B two"]:
-        """Each sequence's token with the bits of its log-probability."""
+    def sample(
+        self, logits: Float[Array, "R draws V"], sampling: Int[Array, "R draws fields"]
+    ) -> Int[Array, "R draws two"]:
+        """Every token drawn with the bits of its log-probability."""
         return self._of("sampling", logits)(logits, sampling)
 
     def adjust(self, logits: Float[Array, "R B V"], packed: Int[np.ndarray, "R words"]) -> Float[Array, "R B V"]:
@@ -144,6 +154,20 @@ class Executables:
         """The same of tokens of prompts, which follow some rows of a prefill."""
         return self._program(_prompts(shape), self.compile_prompts, shape)(self._model.params, hidden, *rows)
 
+    def draft(
+        self,
+        shape: StepShape,
+        cache: KVCache,
+        packed: Int[np.ndarray, "R words"],
+        hidden: Hidden,
+        sampled: Int[Array, "R draws two"],
+    ) -> tuple[KVCache, Int[Array, "R B"]]:
+        """After a forward pass and sampling: the cache, updated in place, and for every sequence the token that may
+        come after those drawn."""
+        run = self._program(_drafts(shape), self.compile_drafting, shape)
+        cache, drafts = run(self._model.params, self._model.placement, cache, packed, hidden, sampled)
+        return cache, drafts
+
     def compile(self, shape: StepShape) -> Any:
         """The forward program (`jax.stages.Compiled`) of one shape."""
         model, packing = self._model, self._packing
@@ -156,35 +180,66 @@ class Executables:
             context = PagedContext(cache, batch.tables, batch.firsts, batch.pieces)
             hidden, written, decided = decoder(batch.tokens, batch.positions, placement, context, model.execution)
             assert written is not None
-            last, told = hidden, None
-            if shape.tokens > 1:
-                last, told = pick_rows(hidden, batch.ends), hidden
-            logits = decoder.logits(last, model.execution.kernels, batch.sequences_in_use)
+            last = pick_rows(hidden, batch.draws) if shape.tokens > 1 else hidden
+            told = hidden if shape.tokens > 1 or self._speculates else None
+            logits = decoder.logits(last, model.execution.kernels, batch.draws_in_use)
             routed = None
             if decided is not None:
                 devices = decoder.rules.spec.expert_devices
                 counts = count_loads(decided.slots, placement.slot_expert.shape[1], devices)
                 routed = Routed(counts, decided.experts if model.execution.record_routing else None)
-            return written.cache, logits.astype(jnp.float32), batch.sampling.pack(), told, routed
+            return written.cache, logits.astype(jnp.float32), sampling_ranks(batch), told, routed
 
         words = self._on_ranks((packing.words(shape),), jnp.int32)
         return self._build(str(shape), forward, 2, model.params, model.placement, self._cache_shape, words)
 
+    def compile_drafting(self, shape: StepShape) -> Any:
+        """The program that drafts, of one shape."""
+        model, packing = self._model, self._packing
+
+        def draft(
+            params: Any,
+            placement: Placement,
+            cache: KVCache,
+            packed: Int[Array, "R words"],
+            hidden: Hidden,
+            sampled: Int[Array, "R draws two"],
+        ) -> tuple[KVCache, Int[Array, "R B"]]:
+            decoder, kernels = merge(model.abstract, params), model.execution.kernels
+            batch = unpack_ranks(packed, packing, shape)
+            following = follow_ranks(batch, sampled)
+            context = PagedContext(cache, batch.tables, batch.firsts, batch.pieces)
+            further, written, _ = decoder.predict_next(
+                hidden, following.tokens, following.positions, placement, context, model.execution
+            )
+            assert written is not None
+            logits = decoder.logits(pick_rows(further, following.ends), kernels, batch.sequences_in_use)
+            # By the noise of the position that the draft is for, so that it is likely to be what is drawn there: see
+            # `ops.sampling.sample`.
+            drafts = sample_ranks(logits.astype(jnp.float32), following.sampling, kernels)
+            return written.cache, drafts[..., 0]
+
+        words = self._on_ranks((packing.words(shape),), jnp.int32)
+        states = self._on_ranks((shape.rows, model.config.width), model.params["embed"].dtype)
+        sampled = self._on_ranks((shape.draws, 2), jnp.int32)
+        arguments = (model.params, model.placement, self._cache_shape, words, states, sampled)
+        return self._build(_drafts(shape), draft, 2, *arguments)
+
     def compile_sampling(self, batch: int) -> Any:
-        """The sampling program of one number of sequences a rank."""
+        """The sampling program of one number of draws a rank."""
         fields = self._on_ranks((batch, len(Sampling._fields)), jnp.int32)
         run = functools.partial(sample_ranks, kernels=self._model.execution.kernels)
         return self._build(f"sampling batch={batch}", run, (), self._logits(batch), fields)
 
     def compile_adjusting(self, batch: int) -> Any:
-        """The adjusting program of one number of sequences a rank."""
+        """The adjusting program of one number of draws a rank."""
         shape = AdjustmentShape(batch, self._model.config.vocab_size)
         run = functools.partial(adjust_ranks, shape=shape)
         words = self._on_ranks((shape.words,), jnp.int32)
         return self._build(f"adjusting batch={batch}", run, (), self._logits(batch), words)
 
     def compile_reporting(self, batch: int) -> Any:
-        """The reporting program of one number of sequences a rank."""
+        """The reporting program of one number of draws a rank."""
         run = functools.partial(report_ranks, most=self.most_logprobs, kernels=self._model.execution.kernels)
         sampled = self._on_ranks((batch, 2), jnp.int32)
         return self._build(f"reporting batch={batch}", run, (), self._logits(batch), sampled)
@@ -261,6 +316,26 @@ def unpack_ranks(packed: Int[Array, "R words"], packing: Packing, shape: StepSha
     return jax.shard_map(local, in_specs=PACKED, out_specs=P(RANKS), check_vma=False)(packed)
 
 
+def sampling_ranks(batch: Batch) -> Int[Array, "R draws fields"]:
+    """Every rank's `Batch.sampling`, packed."""
+
+    def local(batch: Batch) -> Array:
+        return jax.tree.map(lambda field: field[0], batch).sampling.pack()[None]
+
+    return jax.shard_map(local, in_specs=P(RANKS), out_specs=RANK_ROWS, check_vma=False)(batch)
+
+
+def follow_ranks(batch: Batch, sampled: Int[Array, "R draws two"]) -> Following:
+    """Every rank's, fields with a leading axis R."""
+
+    def local(batch: Batch, sampled: Array) -> Following:
+        own = jax.tree.map(lambda field: field[0], batch)
+        return jax.tree.map(lambda field: field[None], Following.of(own, sampled[0, :, 0]))
+
+    run = jax.shard_map(local, in_specs=(P(RANKS), RANK_ROWS), out_specs=P(RANKS), check_vma=False)
+    return run(batch, sampled)
+
+
 def pick_rows(hidden: Hidden, rows: Int[Array, "R rows"]) -> Float[Array, "R rows D"]:
     """Rows of each rank's own hidden states."""
 
@@ -335,3 +410,7 @@ class Report(NamedTuple):
 
 def _prompts(shape: StepShape) -> str:
     return f"prompt tokens={shape.rows}"
+
+
+def _drafts(shape: StepShape) -> str:
+    return f"draft after {shape}"

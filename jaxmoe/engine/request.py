@@ -182,9 +182,13 @@ class Output:
 
 
 class Sampled(NamedTuple):
-    """What a step brought for one chunk that samples; see `Output`."""
+    """What a step brought for one chunk that samples; see `Output`.
 
-    token: int
-    logprob: float
+    tokens: one, and one more if the chunk's draft was right. draft: what may come after them; None if nobody drafts.
+    """
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
     top_logprobs: tuple[TopLogprobs, ...] = ()
     prompt_logprobs: PromptLogprobs | None = None
+    draft: int | None = None

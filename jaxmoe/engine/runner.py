@@ -8,9 +8,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
+import numpy as np
 
 from jaxmoe.engine.adjustments import Adjuster
-from jaxmoe.engine.batch import Packing, Ranks, StepShape, buckets
+from jaxmoe.engine.batch import Packing, Ranks, StepShape, buckets, first_draws
 from jaxmoe.engine.config import ACCELERATOR_SHARE, CPU_SHARE, EngineConfig
 from jaxmoe.engine.executables import Executables, Report
 from jaxmoe.engine.grammars import Grammars
@@ -19,7 +20,7 @@ from jaxmoe.engine.pages import PageGroup, pages_reached
 from jaxmoe.engine.prompt_logprobs import PromptReports
 from jaxmoe.engine.request import Sampled
 from jaxmoe.engine.routed_tokens import RoutedTokens
-from jaxmoe.engine.scheduler import Sequence, StepPlan
+from jaxmoe.engine.scheduler import Chunk, StepPlan
 from jaxmoe.errors import ConfigError
 from jaxmoe.models.kv_cache import KVCache, bytes_per_page, make_cache
 from jaxmoe.moe.simulation import Recorder
@@ -42,12 +43,18 @@ class Runner:
             raise ConfigError(
                 f"max_context={self.max_context} is beyond the model's {limit} positions; use at most {limit}"
             )
+        if config.speculate and not model.config.mtp_layers:
+            raise ConfigError(
+                f"speculate={config.speculate!r} needs a layer for multi-token prediction, which {model.name} "
+                f"({model.config.model_type}) does not have; leave it out"
+            )
+        self._speculates = config.speculate is not None
         self.groups = page_groups(model, config, self.max_context)
         self._page_size = config.page_size
         self._cache = self._make_cache()
         self._packing = Packing(model.config.spans, config.page_size)
         self._buckets = buckets(config, self.max_context, self._packing, model.execution.kernels)
-        self.executables = Executables(model, self._cache, self._packing)
+        self.executables = Executables(model, self._cache, self._packing, self._speculates)
         spec = model.mesh_spec
         self.statistics = LoadStatistics(
             model.config.experts, spec.num_ranks // spec.expert_devices, spec.expert_devices, model.exchange
@@ -103,9 +110,10 @@ class Runner:
         self.device_seconds = 0.0
         launched = [(ranks, *self._launch(shape, ranks)) for shape, ranks in self._buckets.calls(plan)]
         sampled: dict[str, Sampled] = {}
-        for ranks, out, prompts in launched:
+        for ranks, out, drafted, prompts in launched:
             began = time.monotonic()
             brought, told = Report.read(out), [Report.read(packed) for packed in prompts]
+            drafts = None if drafted is None else np.asarray(drafted)
             self.device_seconds += time.monotonic() - began
             for rank, chunks in enumerate(ranks):
                 of_prompts = (
@@ -113,16 +121,17 @@ class Runner:
                     for each in told
                     for row in range(each.tokens.shape[1])
                 )
-                for row, chunk in enumerate(chunks):
+                for index, (row, chunk) in enumerate(zip(first_draws(chunks), chunks, strict=False)):
                     if told:
                         self._prompts.take(chunk, of_prompts)
                     if chunk.samples:
-                        sampled[chunk.sequence.request.id] = self._sampled(brought, rank, row, chunk.sequence)
+                        draft = None if drafts is None else int(drafts[rank, index])
+                        sampled[chunk.sequence.request.id] = self._sampled(brought, rank, row, chunk, draft)
         self.statistics.settle()
         return sampled
 
-    def _launch(self, shape: StepShape, ranks: Ranks) -> tuple[jax.Array, list[jax.Array]]:
-        """Packed reports on what a call sampled, and on tokens of its prompts."""
+    def _launch(self, shape: StepShape, ranks: Ranks) -> tuple[jax.Array, jax.Array | None, list[jax.Array]]:
+        """Packed reports on what a call sampled, what it drafted, and reports on tokens of its prompts."""
         programs = self.executables
         self.model.simulate(shape.rows * self.model.num_ranks)
         packed = self._packing.pack(shape, ranks)
@@ -135,23 +144,34 @@ class Runner:
                 self.recorder.record(routed.experts)
                 self.routed.record(shape, ranks, routed.experts)
         adjusted = logits
-        for packed in self._adjuster.pack(shape.batch, ranks):
-            adjusted = programs.adjust(adjusted, packed)
+        for adjustments in self._adjuster.pack(shape.draws, ranks):
+            adjusted = programs.adjust(adjusted, adjustments)
         began = time.monotonic()
-        out = programs.sample(adjusted, sampling)
+        out, drafts = programs.sample(adjusted, sampling), None
+        if self._speculates:
+            assert hidden is not None
+            self._cache, drafts = programs.draft(shape, self._cache, packed, hidden, out)
         self.device_seconds += time.monotonic() - began
         asked = any(chunk.sequence.request.params.logprobs for chunks in ranks for chunk in chunks if chunk.samples)
         if asked or adjusted is not logits:
             out = programs.report(logits, out)
         if hidden is None:
-            return out, []
-        return out, [programs.report_prompts(shape, hidden, rows) for rows in self._prompts.pick(shape, ranks)]
+            return out, drafts, []
+        told = [programs.report_prompts(shape, hidden, rows) for rows in self._prompts.pick(shape, ranks)]
+        return out, drafts, told
 
-    def _sampled(self, brought: Report, rank: int, row: int, sequence: Sequence) -> Sampled:
-        token, logprob = int(brought.tokens[rank, row]), float(brought.logprobs[rank, row])
-        params = sequence.request.params
-        top = (brought.top(rank, row, params.logprobs),) if params.logprobs else ()
-        return Sampled(token, logprob, top, self._prompts.give(sequence))
+    def _sampled(self, brought: Report, rank: int, row: int, chunk: Chunk, draft: int | None) -> Sampled:
+        # What was drawn after a draft counts if that is what was drawn before.
+        right = chunk.draft is not None and brought.tokens[rank, row] == chunk.draft
+        rows = range(row, row + 1 + right)
+        most = chunk.sequence.request.params.logprobs
+        return Sampled(
+            tuple(brought.tokens[rank, row : row + 1 + right].tolist()),
+            tuple(brought.logprobs[rank, row : row + 1 + right].tolist()),
+            tuple(brought.top(rank, each, most) for each in rows) if most else (),
+            self._prompts.give(chunk.sequence),
+            draft,
+        )
 
 
 def page_groups(model: Model, config: EngineConfig, max_context: int) -> tuple[PageGroup, ...]:

@@ -45,6 +45,7 @@ class Sequence:
     names: of its first full pages, as far as they were asked for.
     num_stored: the first so many pages can be found by others.
     num_cached: of the prompt's tokens those that were found in the prefix cache when it first ran; -1 before.
+    draft: what may come after its tokens; None if nobody drafts.
     """
 
     request: Request
@@ -61,6 +62,7 @@ class Sequence:
     names: list[bytes] = dataclasses.field(default_factory=list)
     num_stored: int = 0
     num_cached: int = -1
+    draft: int | None = None
 
     @property
     def num_uncomputed(self) -> int:
@@ -73,17 +75,33 @@ class Sequence:
 
 
 class Chunk(NamedTuple):
-    """`sequence.tokens[start : start + length]` go through the model; if `samples`, a token is drawn after the last."""
+    """`sequence.tokens[start : start + length]` go through the model; if `samples`, a token is drawn after the last.
+
+    draft: goes through it as the last of these, and is not yet one of the sequence's tokens.
+    """
 
     sequence: Sequence
     start: int
     length: int
     samples: bool
+    draft: int | None = None
+
+    @property
+    def tokens(self) -> list[int]:
+        """What goes through the model."""
+        own = self.sequence.tokens[self.start : self.start + self.length]
+        return own if self.draft is None else [*own, self.draft]
+
+    @property
+    def draws(self) -> int:
+        """Rows of logits: after its last token, and with a draft after the one before too."""
+        return 1 if self.draft is None else 2
 
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
-    """The work of one step, by attention rank. Every chunk in `decodes` is one token long and samples."""
+    """The work of one step, by attention rank. Every chunk in `decodes` is one token long, or two with a draft, and
+    samples."""
 
     prefills: tuple[tuple[Chunk, ...], ...]
     decodes: tuple[tuple[Chunk, ...], ...]
@@ -123,6 +141,7 @@ class Stats(NamedTuple):
     preemptions: how often a sequence gave up its pages. failed_steps: see `Scheduler.fail`.
     queried_tokens, hit_tokens: of the prompts that were admitted, and of these those found in the prefix cache.
     cached_pages: that nobody uses and the prefix cache could give.
+    drafts, accepted_drafts: that went through the model, and of these those that were what was then chosen.
     """
 
     running: int
@@ -134,6 +153,13 @@ class Stats(NamedTuple):
     used_pages: int
     cached_pages: int
     total_pages: int
+    drafts: int = 0
+    accepted_drafts: int = 0
+
+    @property
+    def accepted_length(self) -> float:
+        """Tokens that a step with a draft brings a sequence, in the mean: from 1 to 2; nan without drafts."""
+        return 1 + self.accepted_drafts / self.drafts if self.drafts else float("nan")
 
 
 class Scheduler:
@@ -166,6 +192,7 @@ class Scheduler:
         self._aborted: dict[str, list[Output]] = {}  # cancelled, and not yet told by `complete`
         self._num_steps = self._num_submitted = self._num_event_batches = 0
         self._generated, self._queried, self._hits = ([0] * num_ranks for _ in range(3))  # tokens, by rank
+        self._drafts = self._accepted_drafts = 0
         self.num_preemptions = self.num_failed = 0
 
     @property
@@ -227,13 +254,16 @@ class Scheduler:
         prefills: list[list[Chunk]] = [[] for _ in self._running]
         decodes: list[list[Chunk]] = [[] for _ in self._running]
         # What is left for prefills once all have decoded that can.
-        budgets = [self._config.token_budget - sum(each.decodes for each in running) for running in self._running]
+        decoding, each = self._config.token_budget, self._config.decode_tokens
+        budgets = [decoding - each * sum(sequence.decodes for sequence in running) for running in self._running]
         for rank, running in enumerate(self._running):
             for sequence in running:  # preemption shortens this list, at its end
                 if sequence.decodes:
                     self._plan(sequence, 1, decodes[rank])
                 else:
                     self._plan(sequence, self._prefill_room(prefills[rank], budgets[rank]), prefills[rank])
+        if self._config.speculate:
+            decodes = [[self._with_draft(chunk) for chunk in chunks] for chunks in decodes]
         if self._waiting:
             self._admit(prefills, budgets)
         self._num_steps += 1
@@ -242,26 +272,41 @@ class Scheduler:
     def complete(self, plan: StepPlan, sampled: Mapping[str, Sampled]) -> list[Output]:
         """Takes in what a step brought: `sampled` has it by request id, for each chunk that samples."""
         outputs = self._told_aborts()
-        for sequence, start, length, samples in plan.chunks:
-            request = sequence.request
-            if request.id not in self._live:  # cancelled while the step ran
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            if sequence.request.id not in self._live:  # cancelled while the step ran
                 continue
-            sequence.num_computed = start + length
+            before, reason = len(sequence.tokens), None
+            brought = sampled[sequence.request.id] if chunk.samples else None
+            for token in brought.tokens if brought else ():
+                sequence.tokens.append(token)
+                if reason := self._finish_reason(sequence):
+                    break
+            # What was sampled last is still to be computed; a draft that was wrong is written over.
+            sequence.num_computed = len(sequence.tokens) - 1 if brought else chunk.start + chunk.length
             self._store(sequence)
             self._pages[sequence.rank].trim(sequence.tables, sequence.num_computed)
-            if not samples:
+            if brought is None:
                 continue
-            brought = sampled[request.id]
-            token = brought[0]
-            sequence.tokens.append(token)
-            self._generated[sequence.rank] += 1
-            reason = self._finish_reason(sequence)
+            sequence.draft = brought.draft
+            self._generated[sequence.rank] += len(sequence.tokens) - before
+            self._drafts += chunk.draws - 1
+            self._accepted_drafts += len(brought.tokens) - 1
             if reason:
                 self._end(sequence)
-            stop = token if reason == "stop" else None
-            index, cached = sequence.index, sequence.num_cached
+            tokens = tuple(sequence.tokens[before:])
             outputs.append(
-                Output(sequence.name, (token,), (brought[1],), reason, stop, index, *brought[2:], cached_tokens=cached)
+                Output(
+                    sequence.name,
+                    tokens,
+                    brought.logprobs[: len(tokens)],
+                    reason,
+                    tokens[-1] if reason == "stop" else None,
+                    sequence.index,
+                    brought.top_logprobs[: len(tokens)],
+                    brought.prompt_logprobs,
+                    cached_tokens=sequence.num_cached,
+                )
             )
         return outputs
 
@@ -307,6 +352,8 @@ class Scheduler:
             used_pages=sum(pages.used for pages in self._pages),
             cached_pages=sum(pages.cached for pages in self._pages),
             total_pages=sum(pages.total for pages in self._pages),
+            drafts=self._drafts,
+            accepted_drafts=self._accepted_drafts,
         )
 
     def loads(self) -> list[RankLoad]:
@@ -500,6 +547,16 @@ class Scheduler:
                 return
         if length:
             chunks.append(Chunk(sequence, sequence.num_computed, length, length == sequence.num_uncomputed))
+
+    def _with_draft(self, chunk: Chunk) -> Chunk:
+        """The same with what was drafted, where that can bring a token and there is a free place for it."""
+        sequence, end = chunk.sequence, chunk.start + 2
+        if sequence.draft is None or sequence.request.params.needs_last_token or end >= sequence.limit:
+            return chunk
+        # Nobody gives up pages for a guess.
+        if not self._pages[sequence.rank].extend(sequence.tables, end):
+            return chunk
+        return chunk._replace(length=2, draft=sequence.draft)
 
     def _prefill_room(self, chunks: list[Chunk], budget: int) -> int:
         """How many tokens one more chunk beside these may hold, if all may hold `budget`."""

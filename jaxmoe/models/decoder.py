@@ -188,7 +188,8 @@ class Decoder(nnx.Module):
         Returns hidden states whose `logits` are of the token after next, from a layer with a cache of its own.
         """
         tokens, positions = jax.sharding.reshard((next_tokens, positions), (RANK_ROWS, RANK_ROWS))
-        x = self.mtp.join(self._embed(tokens), hidden, self.config.norm_eps)
+        in_use = context.in_use if context is not None else None
+        x = self.mtp.join(self._embed(tokens), hidden, self.config.norm_eps, execution.kernels, in_use)
         last = self.config.layers
         x, context, routed = self._layer(x, positions, placement, self._place(last), last, context, execution)
         assert routed is not None
@@ -388,10 +389,22 @@ class NextTokens(nnx.Module):
         project = jax.random.normal(rngs.params(), (layers, 2 * width, width), dtype) * (2 * width) ** -0.5
         self.project = nnx.Param(project, out_sharding=P())
 
-    def join(self, embedded: Hidden, hidden: Hidden, eps: float) -> Hidden:
+    def join(
+        self, embedded: Hidden, hidden: Hidden, eps: float, kernels: Kernels = "xla", in_use: InUse = None
+    ) -> Hidden:
         """What goes into the layer."""
+
+        def local(normed: Array, project: Array, in_use: Array | None) -> Array:
+            return linear(normed, [project], 0, kernels, None if in_use is None else in_use[0])[0]
+
         normed = (rms_norm(embedded, self.embed_norm[0], eps), rms_norm(hidden, self.hidden_norm[0], eps))
-        return jnp.einsum("rnd,de->rne", jnp.concatenate(normed, axis=-1), self.project[0])
+        run = jax.shard_map(
+            local,
+            in_specs=(RANK_ROWS, P(), None if in_use is None else P(RANKS)),
+            out_specs=RANK_ROWS,
+            check_vma=False,
+        )
+        return run(jnp.concatenate(normed, axis=-1), self.project[...], in_use)
 
 
 def merge(abstract: DecoderT, params: dict[str, Any]) -> DecoderT:

@@ -153,16 +153,16 @@ class LatentAttention(CachedAttention):
         weights: Weights,
     ) -> Float[Array, "1 N H dv"]:
         """All sequences' tokens in one row: those that decode absorbed, pieces of prompts not."""
-        assert where.pieces is not None
-        most = min(positions.shape[1], where.table.shape[0])
-        alone = jnp.arange(most) < where.pieces.decodes
-        of_alone = (queries[0][0, :most, None], queries[1][0, :most, None])
-        own = Where(where.layer, where.table[:most], where.first[:most])
-        at = jnp.where(alone, positions[0, :most], -1)[:, None]
-        mixed = self._absorbed(of_alone, at, held, own, kind, weights)[:, 0]
-        in_pieces = positions.at[0, :most].set(jnp.where(alone, -1, positions[0, :most]))
+        pieces = where.pieces
+        assert pieces is not None
+        decoding, most = pieces.decoding, len(pieces.decoding)
+        until = jnp.sum(decoding, dtype=jnp.int32)
+        own = where._replace(pieces=pieces._replace(begins=jnp.minimum(pieces.begins, until)))
+        at = jnp.where(decoding, positions[:, :most], -1)
+        mixed = self._absorbed((queries[0][:, :most], queries[1][:, :most]), at, held, own, kind, weights)
+        in_pieces = positions.at[:, :most].set(jnp.where(decoding, -1, positions[:, :most]))
         rest = self._expanded(queries, in_pieces, held, where, kind, weights)
-        return rest.at[0, :most].set(jnp.where(alone[:, None, None], mixed, rest[0, :most]))
+        return rest.at[:, :most].set(jnp.where(decoding[:, None, None], mixed, rest[:, :most]))
 
 
 def absorbs(dims: Dims, queries: int, keys: int) -> bool:

@@ -15,7 +15,7 @@ as a reference.
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe.ops import native
 from jaxmoe.ops.attention import attention, causal_mask
@@ -26,11 +26,12 @@ from jaxmoe.spans import Span
 class Pieces(NamedTuple):
     """Of a batch whose tokens lie in one row: where those of each sequence begin in it, and where the last one's end.
 
-    decodes: how many sequences decode. They come first, with one token each.
+    decoding: which rows, of the first ones, are of sequences that decode. They come first; more than `most` rows they
+        never have.
     """
 
     begins: Int[Array, "*R S_and_one"]
-    decodes: Int[Array, "*R"]
+    decoding: Bool[Array, "*R most"]
 
 
 class Where(NamedTuple):

@@ -32,7 +32,10 @@ def sample(
     most likely are kept (0: all), of these the smallest set whose share of the probability reaches top_p, of these
     those at least min_p times as likely as the most likely one, and one is drawn by the Gumbel trick. Tokens as likely
     as the last one kept are kept too, as in transformers' TopKLogitsWarper.
-    The draw depends on (seed, position) alone: the same request gets the same tokens in any batch.
+    The draw depends on (seed, position) alone: the same request gets the same tokens in any batch, with drafts or
+    without. A draft for that position, drawn by the same noise from other logits, is the same token with a probability
+    of at least (1 - d) / (1 + d), d the distance in total variation (Daliri et al., 2024, arXiv:2408.07978); rejection
+    sampling reaches 1 - d, but its tokens depend on the draft.
     """
     logits = logits.astype(jnp.float32)
     best, log_sum = greedy(logits, implementation)

@@ -93,6 +93,10 @@ class EngineCounters(Protocol):
     def queried_tokens(self) -> int: ...
     @property
     def hit_tokens(self) -> int: ...
+    @property
+    def drafts(self) -> int: ...
+    @property
+    def accepted_drafts(self) -> int: ...
 
 
 class EngineBalance(Protocol):
@@ -296,6 +300,8 @@ def _report(engine: EngineLike, pace: _Pace) -> Report:
         now.failed_steps,
         now.queried_tokens,
         now.hit_tokens,
+        now.drafts,
+        now.accepted_drafts,
     )
     return Report(_loads(engine, pace), totals, _balance(engine), _moves(engine))
 

@@ -126,6 +126,8 @@ class Totals(msgspec.Struct, frozen=True, array_like=True):
     failed_steps: int = 0
     queried_tokens: int = 0
     hit_tokens: int = 0
+    drafts: int = 0
+    accepted_drafts: int = 0
 
 
 class Balance(msgspec.Struct, frozen=True, array_like=True):

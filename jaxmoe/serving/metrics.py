@@ -216,6 +216,8 @@ class _EngineCollector(Collector):
             ("vllm:num_preemptions", "Sequences that gave up their pages to an older one", totals.preemptions),
             ("vllm:prefix_cache_queries", "Tokens of prompts looked for in the prefix cache", totals.queried_tokens),
             ("vllm:prefix_cache_hits", "Those of them that were found", totals.hit_tokens),
+            ("vllm:spec_decode_num_draft_tokens", "Drafts that went through the model", totals.drafts),
+            ("vllm:spec_decode_num_accepted_tokens", "Those of them that were right", totals.accepted_drafts),
             ("jaxmoe:failed_steps", "Steps that failed, and their requests with them", totals.failed_steps),
             ("jaxmoe:compiled_programs", "Step programs compiled", totals.programs),
             ("jaxmoe:compile_seconds", "Wall time of each compilation, summed up", totals.compile_seconds),

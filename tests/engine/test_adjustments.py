@@ -36,7 +36,7 @@ def after(tokens, *requests):
         scheduler.submit(Request(str(index), tuple(prompt), params))
     for token in tokens:
         plan = scheduler.schedule()
-        scheduler.complete(plan, {str(index): Sampled(token, 0.0) for index in range(len(requests))})
+        scheduler.complete(plan, {str(index): Sampled((token,), (0.0,)) for index in range(len(requests))})
     return scheduler.schedule().decodes
 
 

@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxmoe.engine.batch import Grid, OneRow, Packing, StepShape, buckets
+from jaxmoe.engine.batch import Following, Grid, OneRow, Packing, Sampling, StepShape, buckets
 from jaxmoe.engine.config import EngineConfig
 from jaxmoe.engine.pages import PageGroup
-from jaxmoe.engine.request import Request, SamplingParams
+from jaxmoe.engine.request import Request, Sampled, SamplingParams
 from jaxmoe.engine.scheduler import Chunk, Scheduler, StepPlan
 from jaxmoe.spans import FULL, Span
 
@@ -15,10 +15,10 @@ CONFIG = EngineConfig(page_size=4, max_batch=4, max_prefill_tokens=16, max_prefi
 WINDOW, CHUNK = Span("window", 8), Span("chunk", 16)
 
 
-def running(spans, lengths, steps):
+def running(spans, lengths, steps, config=CONFIG, draft=None):
     """The chunks of the step after so many."""
     scheduler = Scheduler(
-        CONFIG,
+        config,
         num_ranks=1,
         groups=[PageGroup(span, 500) for span in spans],
         max_context=1000,
@@ -32,7 +32,9 @@ def running(spans, lengths, steps):
         scheduler.submit(Request(str(index), tuple(range(length)), params))
     for _ in range(steps):
         plan = scheduler.schedule()
-        scheduler.complete(plan, {chunk.sequence.request.id: (1, 0.0) for chunk in plan.chunks})
+        scheduler.complete(
+            plan, {chunk.sequence.request.id: Sampled((1,), (0.0,), draft=draft) for chunk in plan.chunks}
+        )
     return scheduler.schedule()
 
 
@@ -112,14 +114,33 @@ def test_decodes_and_pieces_of_prompts_go_in_one_row():
     (row,) = packing.pack(shape, ranks)
     batch = jax.tree.map(np.asarray, packing.unpack(jax.numpy.asarray(row), shape))
     assert batch.pieces.begins.tolist() == [0, 1, 2, *[18] * 6]
-    assert batch.pieces.decodes == 2
-    assert batch.ends.tolist()[:3] == [0, 1, 17]
+    assert batch.pieces.decoding.tolist() == [True, True] + [False] * 6
+    assert batch.draws.tolist()[:3] == [0, 1, 17]
     assert batch.sequences_in_use == 3
     expected = [position for chunk in ranks[0] for position in range(chunk.start, chunk.start + chunk.length)]
     assert batch.positions.tolist() == [expected + [-1] * 14]
     together = [token for chunk in ranks[0] for token in chunk.sequence.tokens[chunk.start :][: chunk.length]]
     assert batch.tokens[0, :18].tolist() == together
     assert rows.calls(StepPlan(((),), ((),))) == []
+
+
+@pytest.mark.parametrize("kernels", ["xla", "native"])
+def test_drafts_that_were_wrong_go_no_further(kernels):
+    config, packing = dataclasses.replace(CONFIG, speculate="mtp"), Packing((FULL,), 4)
+    plan = running((FULL,), (3, 2), 2, config, draft=7)
+    ((shape, ranks),) = buckets(config, 1000, packing, kernels).calls(plan)
+    assert [(chunk.start, chunk.tokens) for chunk in ranks[0]] == [(4, [1, 7]), (3, [1, 7])]
+    (row,) = packing.pack(shape, ranks)
+    batch = packing.unpack(jax.numpy.asarray(row), shape)
+    assert batch.draws[:4].tolist() == [0, 1, 2, 3]
+    assert batch.sampling.position[:4].tolist() == [5, 6, 4, 5]
+    # The first sequence's draft is what was drawn, the second one's is not.
+    drawn = jax.numpy.zeros(shape.draws, int).at[:4].set([7, 8, 6, 9])
+    following = Following.of(batch, drawn)
+    assert following.tokens.reshape(-1)[:3].tolist() == [7, 8, 6]
+    assert following.positions.reshape(-1)[:4].tolist() == [4, 5, 3, -1]
+    assert following.ends[:2].tolist() == [1, 2]
+    assert Sampling.unpack(following.sampling).position[:2].tolist() == [7, 5]
 
 
 def test_windows_alone_make_all_long_contexts_one_bucket():

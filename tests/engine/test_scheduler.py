@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from jaxmoe.engine.config import EngineConfig
 from jaxmoe.engine.pages import PageGroup, pages_reached
-from jaxmoe.engine.request import Request, SamplingParams
+from jaxmoe.engine.request import Request, Sampled, SamplingParams
 from jaxmoe.engine.scheduler import Scheduler, sample_of
 from jaxmoe.errors import ConfigError, DuplicateRequestError, InvalidRequestError, QueueFullError
 from jaxmoe.spans import FULL, Span
@@ -52,15 +52,21 @@ class PagedModel:
 
     def __call__(self, plan):
         sampled = {}
-        for sequence, start, length, samples in plan.chunks:
+        for chunk in plan.chunks:
+            sequence, end = chunk.sequence, chunk.start + chunk.length
+            tokens, seed = [*sequence.tokens[: chunk.start], *chunk.tokens], sequence.request.params.seed
             for group, span in enumerate(self.spans):
-                self.attend(sequence, group, span, range(start, start + length))
-            if samples:
-                seed = sequence.request.params.seed
-                sampled[sequence.request.id] = next_token(sequence.tokens[: start + length], self.spans, seed), -0.5
+                self.attend(sequence, tokens, group, span, range(chunk.start, end))
+            if chunk.samples:
+                drawn = [next_token(tokens[:seen], self.spans, seed) for seen in range(end + 1 - chunk.draws, end + 1)]
+                drawn = drawn[: 1 + (drawn[0] == chunk.draft)]
+                # Right about every second time.
+                coming = next_token([*sequence.tokens, *drawn], self.spans, seed)
+                draft = coming if zlib.crc32(bytes(tokens)) % 2 else (coming + 1) % VOCAB
+                sampled[sequence.request.id] = Sampled(tuple(drawn), (-0.5,) * len(drawn), draft=draft)
         return sampled
 
-    def attend(self, sequence, group, span, queries):
+    def attend(self, sequence, tokens, group, span, queries):
         cache, tables = self.caches[sequence.rank][group], sequence.tables
 
         def slot(position):
@@ -69,7 +75,7 @@ class PagedModel:
             return tables.pages[group][index], position % self.page_size
 
         def vector(position):
-            return zlib.crc32(bytes(sequence.tokens[: position + 1]))
+            return zlib.crc32(bytes(tokens[: position + 1]))
 
         cache.update({slot(query): vector(query) for query in queries})
         for query in queries:
@@ -163,10 +169,12 @@ class AnyUse(RuleBasedStateMachine):
         spare_tokens=st.none() | st.integers(0, 4),
         prefix_cache=st.booleans(),
         priority_ageing=st.integers(1, 5),
+        speculate=st.sampled_from([None, "mtp"]),
     )
     def start(self, groups, spare_tokens, **limits):
+        self.most = 2 if limits["speculate"] else 1
         if spare_tokens is not None:
-            limits["max_batch_tokens"] = limits["max_batch"] + spare_tokens
+            limits["max_batch_tokens"] = limits["max_batch"] * self.most + spare_tokens
             limits["max_prefill_tokens"] = min(limits["max_prefill_tokens"], limits["max_batch_tokens"])
         self.limits = limits
         self.spans, pages_per_rank = zip(*groups, strict=True)
@@ -252,12 +260,14 @@ class AnyUse(RuleBasedStateMachine):
             if "max_batch_tokens" in self.limits:
                 tokens = sum(chunk.length for chunk in (*prefills, *decodes))
                 assert tokens <= self.limits["max_batch_tokens"]
-            assert all(chunk.length == 1 and chunk.samples and chunk.start > 0 for chunk in decodes)
+            assert all(chunk.length == chunk.draws <= self.most for chunk in decodes)
+            assert all(chunk.samples and chunk.start > 0 for chunk in decodes)
+            assert all(chunk.draft is None for chunk in prefills)
             assert len(decodes) <= load.running <= self.limits["max_batch"]
             assert load.used_pages <= load.total_pages
         if self.plan.empty:
             assert self.scheduler.num_running == self.scheduler.queue_length == 0
-        self.spans_hold_no_more_than_they_see(self.limits["max_prefill_tokens"])
+        self.spans_hold_no_more_than_they_see(max(self.limits["max_prefill_tokens"], self.most))
         planned = ranks_of(self.plan)
         assert len(planned) == len(list(self.plan.chunks))
         self.nobody_was_overtaken(planned)

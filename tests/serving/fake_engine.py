@@ -157,6 +157,8 @@ class FakeEngine:
             failed_steps=1,
             queried_tokens=40,
             hit_tokens=30,
+            drafts=20,
+            accepted_drafts=11,
         )
 
     def wait_until(self, predicate):

@@ -50,6 +50,8 @@ def test_a_scrape_tells_what_was_served(checkpoint):
     assert of_model(told, "vllm:num_preemptions_total") == 3
     assert of_model(told, "vllm:prefix_cache_queries_total") == 40
     assert of_model(told, "vllm:prefix_cache_hits_total") == 30
+    assert of_model(told, "vllm:spec_decode_num_draft_tokens_total") == 20
+    assert of_model(told, "vllm:spec_decode_num_accepted_tokens_total") == 11
     assert of_model(told, "jaxmoe:failed_steps_total") == 1
     assert of_model(told, "jaxmoe:compiled_programs_total") == 7
     assert of_model(told, "jaxmoe:late_compiles_total") == 0
