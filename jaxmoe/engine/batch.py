@@ -351,7 +351,8 @@ class Grid:
         pages = -(-max_context // packing.page_size)
         self.pages = _powers(min(pages, -(-SHORT_CONTEXT // packing.page_size)), pages, 4)
         self.decode = _powers(1, config.max_batch, 2)
-        longest, together = config.max_prefill_tokens, min(config.max_prefill_sequences, config.max_batch)
+        # A prompt's last piece may be one token, but its program also gives what only prefills do.
+        longest, together = max(2, config.max_prefill_tokens), min(config.max_prefill_sequences, config.max_batch)
         short = min(SHORT_CHUNK, longest)
         # Sequences and tokens of each, by tokens: whatever there is fits the last.
         prefills = {(1, min(FEW_TOKENS, longest)), (1, longest), (together, short)}

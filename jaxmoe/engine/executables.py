@@ -117,7 +117,7 @@ class Executables:
                 wanted[f"{kind} batch={shape.draws}"] = functools.partial(compile_kind, shape.draws)
             if self._speculates:
                 wanted[_drafts(shape)] = functools.partial(self.compile_drafting, shape)
-            if shape.tokens > 1 and not shape.decodes:
+            if not shape.decodes:
                 wanted[_prompts(shape)] = functools.partial(self.compile_prompts, shape)
         with ThreadPoolExecutor(COMPILE_THREADS) as pool:
             jobs = {pool.submit(compile_program): title for title, compile_program in wanted.items()}
@@ -181,7 +181,7 @@ class Executables:
             hidden, written, decided = decoder(batch.tokens, batch.positions, placement, context, model.execution)
             assert written is not None
             last = pick_rows(hidden, batch.draws) if shape.tokens > 1 else hidden
-            told = hidden if shape.tokens > 1 or self._speculates else None
+            told = hidden if not shape.decodes or self._speculates else None
             logits = decoder.logits(last, model.execution.kernels, batch.draws_in_use)
             routed = None
             if decided is not None:

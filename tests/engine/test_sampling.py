@@ -156,6 +156,7 @@ def test_prompt_logprobs_are_those_of_the_full_log_softmax(model, prompts, told_
     ("mesh", "limits"),
     [
         ("ep=1", {"max_prefill_tokens": 5, "max_prefill_sequences": 1}),
+        ("ep=1", {"max_prefill_tokens": 1, "max_prefill_sequences": 1}),
         ("ep=1", {"max_prefill_tokens": 64, "max_prefill_sequences": 2}),
         ("ep=1", {"max_prefill_tokens": 8, "max_prefill_sequences": 2, "pages_per_rank": 9}),  # preempts
         ("dp=2,ep=2", {"max_prefill_tokens": 7, "max_prefill_sequences": 2}),
