@@ -25,6 +25,10 @@
 #include <utility>
 #include <vector>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include "xla/ffi/api/ffi.h"
 
 namespace {
@@ -88,11 +92,19 @@ inline Vec Load(const Bf16* from) {
   UVec wide = __builtin_convertvector(*reinterpret_cast<const HalfU*>(from), UVec) << 16;
   return (Vec)wide;
 }
-inline Vec Load(const int8_t* from) {
-  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const ByteU*>(from), IVec), Vec);
+// GCC converts bytes one by one unless told which instruction it has.
+inline IVec Bytes(const void* from) {
+#if defined(__AVX512F__)
+  return (IVec)_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from)));
+#elif defined(__AVX2__)
+  return (IVec)_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(from)));
+#else
+  return __builtin_convertvector(*static_cast<const ByteU*>(from), IVec);
+#endif
 }
+inline Vec Load(const int8_t* from) { return __builtin_convertvector(Bytes(from), Vec); }
 inline Vec Load(const Fp8* from) {
-  IVec bits = __builtin_convertvector(*reinterpret_cast<const ByteU*>(from), IVec);
+  IVec bits = Bytes(from);
   // With the exponent moved from a bias of 7 to 127. Denormals, whose exponent of 0 counts as 1, are then 2^-7 too much
   // and half of what they should be; they must not pass through float32's own, which XLA has the processor flush.
   Vec value = (Vec)(((bits & 127) << 20) + (120 << 23));
