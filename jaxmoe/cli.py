@@ -150,16 +150,16 @@ def add_rebalance_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def rebalance_config(args: argparse.Namespace) -> Rebalance | None:
-    """From the arguments of `add_rebalance_arguments`; any of them asks for it. Raises ConfigError."""
-    if not (args.rebalance or args.rebalance_interval or args.rebalance_threshold or args.coverage):
-        return None
-    return Rebalance(
+    """From the arguments of `add_rebalance_arguments`; None if none asks for it. Raises ConfigError, either way."""
+    config = Rebalance(
         interval=args.rebalance_interval,
         threshold=args.rebalance_threshold,
         bytes_per_step=int(args.rebalance_budget * 2**20),
         deadline=args.rebalance_deadline,
         devices_at_least=1 + args.coverage,
     )
+    asked = args.rebalance or args.rebalance_interval or args.rebalance_threshold or args.coverage
+    return config if asked else None
 
 
 def add_profile_arguments(parser: argparse.ArgumentParser) -> None:

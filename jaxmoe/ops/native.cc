@@ -5,9 +5,9 @@
 // keys and values are read where they lie, and only those that some query sees.
 //
 // Every number is the result of the same operations in the same order whatever else is in the batch, however rows are
-// tiled and whichever thread computes them: a product is summed over blocks of kBlockDepth, each from first to last with
-// fused multiply-adds, and then over the blocks; and attention goes over blocks of keys that begin at fixed positions. So results do not depend, to the
-// bit, on batch, chunking or the number of threads.
+// tiled and whichever thread computes them: a product is summed over blocks of kBlockDepth, each from first to last
+// with fused multiply-adds, and then over the blocks; and attention goes over blocks of keys that begin at fixed
+// positions. So results do not depend, to the bit, on batch, chunking or the number of threads.
 //
 // Vectors are GCC's and clang's vector extensions: one source for AVX-512, AVX2 and NEON.
 
@@ -241,10 +241,10 @@ class Team {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// y[m, n] += sum_k x[m, k] w[k, n], over blocks of depth.
+// y[m, n] = sum_k x[m, k] w[k, n], over blocks of depth.
 
-// D rows of w at a time against every row of x: weights come once, in order, from memory, and sums wait in a cache. What
-// comes next in each row is asked for, and at their ends what the next D rows begin with.
+// D rows of w at a time against every row of x: weights come once, in order, from memory, and sums wait in a cache.
+// What comes next in each row is asked for, and at their ends what the next D rows begin with.
 template <int D, typename W>
 inline void StreamRows(const float* x, ptrdiff_t ldx, int rows, const W* w, ptrdiff_t ldw, int cols, float* y,
                        ptrdiff_t ldy) {
@@ -505,7 +505,8 @@ void StreamAll(Team& team, const std::vector<Few<W>>& products, const Finish& fi
     int deep = blocks_of(each) > 1 ? kBlockDepth : each.depth, wide = width_of(each);
     for (int k = 0; k < each.depth; k += deep) {
       for (int col = 0; col < each.cols; col += wide)
-        tasks.push_back({i, col, std::min(wide, each.cols - col), k, std::min(deep, each.depth - k), kept ? y + col : nullptr});
+        tasks.push_back({i, col, std::min(wide, each.cols - col), k, std::min(deep, each.depth - k),
+                         kept ? y + col : nullptr});
       if (kept) y += static_cast<size_t>(each.rows) * each.cols;
     }
   }
@@ -515,7 +516,8 @@ void StreamAll(Team& team, const std::vector<Few<W>>& products, const Finish& fi
     float* to = task.y ? task.y : Local(static_cast<size_t>(each.rows) * task.cols, 1);
     Stream(each.x + task.k, each.ldx, each.rows, each.w + task.k * each.ldw + task.col, each.ldw, task.depth,
            task.cols, to, task.y ? each.cols : task.cols);
-    for (int row = 0; !task.y && row < each.rows; ++row) finish(task.product, row, task.col, task.cols, to + row * task.cols);
+    for (int row = 0; !task.y && row < each.rows; ++row)
+      finish(task.product, row, task.col, task.cols, to + row * task.cols);
   });
   // Threads share only what is worth waking them for.
   size_t at_once = std::max<size_t>(1, rows.size() * (32 << 10) / std::max<int64_t>(floats, 1));
@@ -617,10 +619,12 @@ void LinearOf(Team& team, const X* x, int64_t rows, int64_t depth, const std::ve
   });
 }
 
-// x [N, K], layer [], rows of x that are in use [], then stacks [L, K, M...] -> for each stack [N, M...]; 0 in other rows.
+// x [N, K], layer [], rows of x that are in use [], then stacks [L, K, M...] -> for each stack [N, M...]; 0 in other
+// rows.
 ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer layer, ffi::AnyBuffer in_use,
                   ffi::RemainingArgs stacks, ffi::RemainingRets outs) {
-  int64_t all = x.dimensions()[0], rows = std::clamp<int64_t>(*Data<int32_t>(in_use), 0, all), depth = x.dimensions()[1];
+  int64_t all = x.dimensions()[0], depth = x.dimensions()[1];
+  int64_t rows = std::clamp<int64_t>(*Data<int32_t>(in_use), 0, all);
   int32_t index = *Data<int32_t>(layer);
   auto first = stacks.get<ffi::AnyBuffer>(0);
   if (!first) return first.error();
