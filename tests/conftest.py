@@ -93,3 +93,16 @@ def reference_checkpoint(tmp_path_factory):
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def further_layer(reference_checkpoint, tmp_path_factory):
+    """A factory of DeepSeek-V3 checkpoints with a layer that predicts a token more; new files with every call."""
+    from references import write_further_layer
+
+    def make(*, copies=False, **overrides):
+        reference = reference_checkpoint("deepseek_v3", num_nextn_predict_layers=1, **overrides)
+        like = reference_checkpoint("deepseek_v3", **{**overrides, "num_hidden_layers": 1, "first_k_dense_replace": 0})
+        return write_further_layer(tmp_path_factory.mktemp("further_layer"), reference, like, copies)
+
+    return make

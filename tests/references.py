@@ -121,6 +121,39 @@ def write_reference(
     return Reference(folder, loaded, tokens, logits_of(loaded, tokens))
 
 
+def write_further_layer(folder: Path, reference: Reference, like: Reference, copies: bool) -> Reference:
+    """A checkpoint of DeepSeek-V3 as another with a layer that predicts a token more: the main model is the same.
+
+    like: has a mixture as its first layer, as this one's is whatever those of the main model are. copies: the files
+    hold its embedding and head a second time.
+    """
+    config = reference.model.config
+    layers, width = config.num_hidden_layers, config.hidden_size
+    tensors = read_tensors(reference.folder)
+    shapes = {
+        name.replace("layers.0.", f"layers.{layers}."): tuple(tensor.shape)
+        for name, tensor in read_tensors(like.folder).items()
+        if "layers.0." in name
+    }
+    shapes |= {f"model.layers.{layers}.{name}.weight": (width,) for name in ("enorm", "hnorm", "shared_head.norm")}
+    shapes[f"model.layers.{layers}.eh_proj.weight"] = (width, 2 * width)
+    tensors |= {name: random_tensor(name, shape) for name, shape in shapes.items()}
+    if copies:
+        head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+        tensors[f"model.layers.{layers}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors[f"model.layers.{layers}.shared_head.head.weight"] = tensors[head].clone()
+    (folder / "config.json").write_text((reference.folder / "config.json").read_text())
+    write_tensors(folder, tensors)
+    return dataclasses.replace(reference, folder=folder)
+
+
+def random_tensor(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+    if name.endswith("bias"):
+        return 0.2 * values
+    return 1 + 0.2 * values if len(shape) == 1 else values * 1.4 / shape[-1] ** 0.5
+
+
 def randomise(model: torch.nn.Module, correction: float = 0.0) -> None:
     """Weights large enough that routing and attention are not flat; each tensor seeded by its name.
 

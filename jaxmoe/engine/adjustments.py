@@ -98,7 +98,7 @@ class Adjuster:
                 (first + ahead, chunk.sequence, ahead)
                 for first, chunk in zip(first_draws(chunks), chunks, strict=False)
                 for ahead in range(chunk.draws)
-                if chunk.samples and self._asks(chunk.sequence, ahead)
+                if chunk.samples and not chunk.sequence.ended and self._asks(chunk.sequence, ahead)
             ]
             for chunks in ranks
         ]

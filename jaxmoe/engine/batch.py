@@ -68,7 +68,10 @@ class StepShape:
 
 
 class Sampling(NamedTuple):
-    """How each token is chosen: the arguments of `ops.sampling.sample` after the logits."""
+    """How each token is chosen: the arguments of `ops.sampling.sample` after the logits.
+
+    slot: where the token is kept for the next step; 0: nobody asks for it.
+    """
 
     temperature: Float[Array, "*R B"]
     top_k: Int[Array, "*R B"]
@@ -76,6 +79,7 @@ class Sampling(NamedTuple):
     min_p: Float[Array, "*R B"]
     seed: Int[Array, "*R B"]
     position: Int[Array, "*R B"]
+    slot: Int[Array, "*R B"]
 
     def pack(self) -> Int[Array, "*R B fields"]:
         """As one array: each of a program's arrays costs a launch some microseconds."""
@@ -92,12 +96,13 @@ class Sampling(NamedTuple):
 class Batch(NamedTuple):
     """A step's input, unpacked on the device: of one rank, or of all with a leading axis R.
 
-    A sequence of length 0 is padding, and so is a token at position -1. tables, firsts, pieces: see `PagedContext`.
+    A sequence of length 0 is padding, and so is a token at position -1. A token below 0 is the one kept in a slot, of
+    this number negated. tables, firsts, pieces: see `PagedContext`.
     begins: the row of each sequence's first token.
     draws: the rows after which tokens are drawn, sequence by sequence: the last of each, before it one for each draft;
         then any rows of padding. drawers: the sequences that these are of.
     following: the token after a sequence's last; -1 where that is yet to be drawn.
-    drafts: how many of a sequence's tokens, the last ones, are guesses.
+    drafts: how many of a sequence's tokens, the last ones, are guesses. slot: of a sequence; 0 of padding.
     """
 
     tokens: Int[Array, "*R rows T"]
@@ -117,6 +122,7 @@ class Batch(NamedTuple):
     seed: Int[Array, "*R B"]
     following: Int[Array, "*R B"]
     drafts: Int[Array, "*R B"]
+    slot: Int[Array, "*R B"]
 
     @property
     def sequences_in_use(self) -> Int[Array, "*R"] | None:
@@ -130,7 +136,8 @@ class Batch(NamedTuple):
     @property
     def sampling(self) -> Sampling:
         """Of all draws of one rank."""
-        of_sequences = Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.seed, self.start)
+        params = (self.temperature, self.top_k, self.top_p, self.min_p, self.seed)
+        of_sequences = Sampling(*params, self.start, self.slot)
         of_draws = Sampling(*(field[self.drawers] for field in of_sequences))
         return of_draws._replace(position=self.positions.reshape(-1)[self.draws] + 1)
 
@@ -175,11 +182,11 @@ class Following(NamedTuple):
             shifted.reshape(batch.tokens.shape),
             put(positions, last, -1, wrong).reshape(batch.positions.shape),
             ends,
-            Sampling(*params, positions[ends] + 2).pack(),
+            Sampling(*params, positions[ends] + 2, jnp.zeros_like(ends)).pack(),
         )
 
 
-PER_SEQUENCE = ("start", "length", "temperature", "top_k", "top_p", "min_p", "seed", "following", "drafts")
+PER_SEQUENCE = ("start", "length", "temperature", "top_k", "top_p", "min_p", "seed", "following", "drafts", "slot")
 FLOATS = ("temperature", "top_p", "min_p")
 
 
@@ -187,11 +194,12 @@ FLOATS = ("temperature", "top_p", "min_p")
 class Packing:
     """A batch as one int32 array: a single transfer to the device.
 
-    spans: of the groups of KV pages. page_size: tokens of a page.
+    spans: of the groups of KV pages. page_size: tokens of a page. max_batch: sequences that run on a rank at once.
     """
 
     spans: tuple[Span, ...]
     page_size: int
+    max_batch: int
 
     def widths(self, shape: StepShape) -> tuple[int, ...]:
         """Pages in a block table of each group."""
@@ -237,6 +245,7 @@ class Packing:
                 -1 if chunk.samples else chunk.sequence.tokens[chunk.start + chunk.length] for chunk in chunks
             ]
             fields["drafts"][:count] = [chunk.draws - 1 for chunk in chunks]
+            fields["slot"][:count] = [chunk.sequence.slot for chunk in chunks]
         return packed
 
     def unpack(self, packed: Int[Array, "words"], shape: StepShape) -> Batch:

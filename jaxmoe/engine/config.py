@@ -64,6 +64,8 @@ class EngineConfig:
     rebalance: when experts may move while the engine serves; None keeps no room for that.
     speculate: "mtp": the checkpoint's layer for multi-token prediction drafts a token for every sequence that decodes,
         and the next step verifies it; None puts one token a sequence through the model.
+    overlap: a step begins before the tokens of the one before are read, so that the device need not wait for the host;
+        not where steps draft.
     """
 
     page_size: int = 16
@@ -79,6 +81,7 @@ class EngineConfig:
     warm_up: bool = True
     rebalance: Rebalance | None = None
     speculate: str | None = None
+    overlap: bool = True
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

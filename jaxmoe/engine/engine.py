@@ -18,8 +18,8 @@ from jaxmoe.engine.pages import PageGroup
 from jaxmoe.engine.programs import Program
 from jaxmoe.engine.rebalancing import RebalanceCounts, Rebalancer, RebalanceReport
 from jaxmoe.engine.request import Output, Request, SamplingParams
-from jaxmoe.engine.runner import Runner
-from jaxmoe.engine.scheduler import RankLoad, Scheduler, Stats, StepPlan
+from jaxmoe.engine.runner import Flight, Runner
+from jaxmoe.engine.scheduler import NOTHING, RankLoad, Scheduler, Stats, StepPlan
 from jaxmoe.errors import ConfigError
 from jaxmoe.moe.simulation import Recorder
 from jaxmoe.moe.statistics import LoadStatistics
@@ -33,9 +33,9 @@ MOST_FAILURES = 3
 class StepReport(NamedTuple):
     """What a step did.
 
-    started: requests of which it computed the first tokens.
-    prefill_tokens: of prompts, and of what preempted sequences have recomputed. sequences: that it computed tokens of.
-    device_seconds: how long it launched programs and waited for what they sampled; the rest of its time is the host's.
+    started: requests of which it computes the first tokens.
+    prefill_tokens: of prompts, and of what preempted sequences have recomputed. sequences: that it computes tokens of.
+    device_seconds: how long `Engine.step` launched programs and waited for a step; the rest of its time is the host's.
     """
 
     started: tuple[str, ...] = ()
@@ -92,6 +92,9 @@ class Engine:
         self._unstarted: set[str] = set()
         self.last_step = StepReport()
         self._failures = 0
+        # Where a draft was right the next position is known only once it is read.
+        self._overlaps = config.overlap and config.speculate is None
+        self._flight = Flight(NOTHING)
 
     @property
     def max_context(self) -> int:
@@ -159,7 +162,11 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work or bool(self._rebalancer and self._rebalancer.active)
+        return (
+            self._scheduler.has_work
+            or not self._flight.plan.empty
+            or bool(self._rebalancer and self._rebalancer.active)
+        )
 
     def submit(self, request: Request) -> None:
         """Queues a request. Raises InvalidRequestError, QueueFullError or DuplicateRequestError and changes nothing.
@@ -190,24 +197,39 @@ class Engine:
     def step(self) -> list[Output]:
         """One step over everything that is live; [] when there is nothing to do. `last_step` then tells what it did.
 
-        If the step fails, the requests that have a part in it end with "error" and all others are computed anew. Raises
+        Launches the step and returns what the one before brought, which it waits for: while the device works on the
+        one, the host deals with the other (`EngineConfig.overlap`; without it, what the step itself brought).
+
+        If a step fails, the requests that have a part in it end with "error" and all others are computed anew. Raises
         what made it fail once MOST_FAILURES steps have failed one after the other, or if the KV cache cannot be remade:
         then the engine is of no more use.
         """
         self.last_step = StepReport()
-        began = time.perf_counter()
-        plan = self._scheduler.schedule()
+        began, on_device = time.perf_counter(), self._runner.device_seconds
+        plan, before, outputs = self._scheduler.schedule(), self._flight, []
+        self._flight = Flight(NOTHING)
         try:
-            sampled = {} if plan.empty else self._runner.run(plan)
+            flight = self._runner.launch(plan)
+            if self._overlaps:
+                outputs, before = self._land(before), self._flight
+            self._runner.sample(flight)
+            if not self._overlaps:
+                outputs = self._land(flight)
         except Exception as error:
-            return self._recover(plan, error)
-        if not plan.empty:
-            self._failures = 0
-        self.last_step = self._report(plan)
-        outputs = self._runner.routed.attach(self._scheduler.complete(plan, sampled))
+            return outputs + self._recover(plan, before, error)
+        if self._overlaps:
+            self._flight = flight
+        self.last_step = self._report(plan, self._runner.device_seconds - on_device)
         if self._rebalancer:
             self._rebalancer.step(0.0 if plan.empty else time.perf_counter() - began)
         return outputs
+
+    def _land(self, flight: Flight) -> list[Output]:
+        """Waits for a step, and what it brought."""
+        sampled = self._runner.read(flight)
+        if not flight.plan.empty:
+            self._failures = 0
+        return self._runner.routed.attach(self._scheduler.complete(flight.plan, sampled))
 
     def rebalance(self, slot_expert: Any = None) -> None:
         """Begins to move experts, a few with each step, to a placement [L, S] or to what is planned for recent loads.
@@ -229,16 +251,21 @@ class Engine:
         """Of the rebalance under way, else of the latest that there was."""
         return self._rebalancer.report if self._rebalancer else None
 
-    def _recover(self, plan: StepPlan, error: Exception) -> list[Output]:
+    def _recover(self, plan: StepPlan, before: Flight, error: Exception) -> list[Output]:
+        """After a step could not be launched or read. before: the one that was in flight and is not complete."""
+        outputs: list[Output] = []
+        try:
+            outputs = self._land(before)
+        except Exception:
+            plan = before.plan
         self._failures += 1
         if self._failures >= MOST_FAILURES:
             raise error
         log.error("a step failed; its requests end, the KV cache is made anew", exc_info=error)
         # The step may have taken the cache with it, which it was to update in place.
         self._runner.reset_cache()
-        self._runner.routed.forget_calls()
         text = f"the step failed with {type(error).__name__}; the engine's log has the details"
-        return self._runner.routed.attach(self._scheduler.fail(plan, text))
+        return outputs + self._runner.routed.attach(self._scheduler.fail(plan, text))
 
     def clear_prefix_cache(self) -> None:
         """Forgets all prefixes; requests under way go on."""
@@ -280,7 +307,7 @@ class Engine:
         """Raises AssertionError if a page or a request is not where it should be."""
         self._scheduler.check_integrity()
 
-    def _report(self, plan: StepPlan) -> StepReport:
+    def _report(self, plan: StepPlan, device_seconds: float) -> StepReport:
         prefills = [chunk for rank in plan.prefills for chunk in rank]
         # With its prompt in the prefix cache, a request may start with a decode.
         begun = (chunk.sequence.request.id for chunk in plan.chunks) if self._unstarted else ()
@@ -290,7 +317,7 @@ class Engine:
             started,
             sum(chunk.length for chunk in prefills),
             len(prefills) + sum(map(len, plan.decodes)),
-            0.0 if plan.empty else self._runner.device_seconds,
+            device_seconds,
         )
 
     def generate(

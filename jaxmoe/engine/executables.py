@@ -131,16 +131,30 @@ class Executables:
         """One line for a log: what the warm-up compiled and what it cost; "" without one."""
         return summary(self.programs, self._warm_up_seconds) if self._warm else ""
 
-    def forward(self, shape: StepShape, cache: KVCache, packed: Int[np.ndarray, "R words"]) -> Forward:
-        """The host array goes in as it is: the call's own transfer takes a tenth of the time of `jax.device_put`."""
+    def forward(
+        self, shape: StepShape, cache: KVCache, packed: Int[np.ndarray, "R words"], kept: Int[Array, "R slots"]
+    ) -> Forward:
+        """kept: the token that was drawn last of each slot, for those that the host has not read yet.
+
+        The host array goes in as it is: the call's own transfer takes a tenth of the time of `jax.device_put`.
+        """
         run = self._program(str(shape), self.compile, shape)
-        return Forward(*run(self._model.params, self._model.placement, cache, packed))
+        return Forward(*run(self._model.params, self._model.placement, cache, packed, kept))
 
     def sample(
-        self, logits: Float[Array, "R draws V"], sampling: Int[Array, "R draws fields"]
-    ) -> Int[Array, "R draws two"]:
-        """Every token drawn with the bits of its log-probability."""
-        return self._of("sampling", logits)(logits, sampling)
+        self,
+        logits: Float[Array, "R draws V"],
+        sampling: Int[Array, "R draws fields"],
+        kept: Int[Array, "R slots"],
+    ) -> tuple[Int[Array, "R draws two"], Int[Array, "R slots"]]:
+        """Every token drawn with the bits of its log-probability; and what is kept by slot, updated in place."""
+        out, kept = self._of("sampling", logits)(logits, sampling, kept)
+        return out, kept
+
+    def no_tokens(self) -> Int[Array, "R slots"]:
+        """What is kept by slot before anything was drawn."""
+        shape = self._kept()
+        return jax.device_put(np.zeros(shape.shape, np.int32), shape.sharding)
 
     def adjust(self, logits: Float[Array, "R B V"], packed: Int[np.ndarray, "R words"]) -> Float[Array, "R B V"]:
         """Logits as the rows ask for them. packed: see `AdjustmentShape`."""
@@ -173,12 +187,17 @@ class Executables:
         model, packing = self._model, self._packing
 
         def forward(
-            params: Any, placement: Placement, cache: KVCache, packed: Int[Array, "R words"]
+            params: Any,
+            placement: Placement,
+            cache: KVCache,
+            packed: Int[Array, "R words"],
+            kept: Int[Array, "R slots"],
         ) -> tuple[KVCache, Float[Array, "R B V"], Int[Array, "R B fields"], Hidden | None, Routed | None]:
             decoder = merge(model.abstract, params)
             batch = unpack_ranks(packed, packing, shape)
+            tokens = known_ranks(batch.tokens, kept)
             context = PagedContext(cache, batch.tables, batch.firsts, batch.pieces)
-            hidden, written, decided = decoder(batch.tokens, batch.positions, placement, context, model.execution)
+            hidden, written, decided = decoder(tokens, batch.positions, placement, context, model.execution)
             assert written is not None
             last = pick_rows(hidden, batch.draws) if shape.tokens > 1 else hidden
             told = hidden if not shape.decodes or self._speculates else None
@@ -191,7 +210,8 @@ class Executables:
             return written.cache, logits.astype(jnp.float32), sampling_ranks(batch), told, routed
 
         words = self._on_ranks((packing.words(shape),), jnp.int32)
-        return self._build(str(shape), forward, 2, model.params, model.placement, self._cache_shape, words)
+        arguments = (model.params, model.placement, self._cache_shape, words, self._kept())
+        return self._build(str(shape), forward, 2, *arguments)
 
     def compile_drafting(self, shape: StepShape) -> Any:
         """The program that drafts, of one shape."""
@@ -228,8 +248,15 @@ class Executables:
     def compile_sampling(self, batch: int) -> Any:
         """The sampling program of one number of draws a rank."""
         fields = self._on_ranks((batch, len(Sampling._fields)), jnp.int32)
-        run = functools.partial(sample_ranks, kernels=self._model.execution.kernels)
-        return self._build(f"sampling batch={batch}", run, (), self._logits(batch), fields)
+        kernels = self._model.execution.kernels
+
+        def draw(
+            logits: Float[Array, "R draws V"], sampling: Int[Array, "R draws fields"], kept: Int[Array, "R slots"]
+        ) -> tuple[Int[Array, "R draws two"], Int[Array, "R slots"]]:
+            drawn = sample_ranks(logits, sampling, kernels)
+            return drawn, keep_ranks(kept, sampling, drawn)
+
+        return self._build(f"sampling batch={batch}", draw, 2, self._logits(batch), fields, self._kept())
 
     def compile_adjusting(self, batch: int) -> Any:
         """The adjusting program of one number of draws a rank."""
@@ -282,6 +309,9 @@ class Executables:
     def _logits(self, batch: int) -> jax.ShapeDtypeStruct:
         return self._on_ranks((batch, self._model.config.vocab_size), jnp.float32)
 
+    def _kept(self) -> jax.ShapeDtypeStruct:
+        return self._on_ranks((self._packing.max_batch + 1,), jnp.int32)
+
     def _build(self, title: str, fn: Callable[..., Any], donated: int | tuple[()], *arguments: Any) -> Any:
         def lower(name: str) -> jax.stages.Lowered:
             def named(*args: Any) -> Any:
@@ -314,6 +344,27 @@ def unpack_ranks(packed: Int[Array, "R words"], packing: Packing, shape: StepSha
         return jax.tree.map(lambda field: field[None], batch)
 
     return jax.shard_map(local, in_specs=PACKED, out_specs=P(RANKS), check_vma=False)(packed)
+
+
+def known_ranks(tokens: Int[Array, "R rows T"], kept: Int[Array, "R slots"]) -> Int[Array, "R rows T"]:
+    """Tokens with those that are kept in slots in their places."""
+
+    def local(tokens: Array, kept: Array) -> Array:
+        return jnp.where(tokens < 0, kept[0, jnp.maximum(-tokens, 0)], tokens)
+
+    return jax.shard_map(local, in_specs=(P(RANKS), PACKED), out_specs=P(RANKS), check_vma=False)(tokens, kept)
+
+
+def keep_ranks(
+    kept: Int[Array, "R slots"], sampling: Int[Array, "R draws fields"], drawn: Int[Array, "R draws two"]
+) -> Int[Array, "R slots"]:
+    """What is kept by slot, once tokens were drawn."""
+
+    def local(kept: Array, sampling: Array, drawn: Array) -> Array:
+        return kept.at[0, Sampling.unpack(sampling[0]).slot].set(drawn[0, :, 0])
+
+    run = jax.shard_map(local, in_specs=(PACKED, RANK_ROWS, RANK_ROWS), out_specs=PACKED, check_vma=False)
+    return run(kept, sampling, drawn)
 
 
 def sampling_ranks(batch: Batch) -> Int[Array, "R draws fields"]:
@@ -351,7 +402,7 @@ def sample_ranks(
     """Token and the bits of its log-probability: one packed array back to the host."""
 
     def local(logits: Array, sampling: Array) -> Array:
-        tokens, logprobs = sample(logits[0], *Sampling.unpack(sampling[0]), implementation=kernels)
+        tokens, logprobs = sample(logits[0], *Sampling.unpack(sampling[0])[:-1], implementation=kernels)
         return jnp.stack([tokens, jax.lax.bitcast_convert_type(logprobs, jnp.int32)], axis=-1)[None]
 
     with jax.named_scope("sampling"):

@@ -209,17 +209,19 @@ class RankPages:
             # What comes last in a sequence is given up first: without what comes before, nobody would find it.
             pool.release(reversed(pages))
 
-    def check_integrity(self, holders: Sequence[tuple[PageTables, int]]) -> None:
+    def check_integrity(self, holders: Sequence[tuple[PageTables, int, int]]) -> None:
         """Raises AssertionError unless the tables of all `holders` account for every page, and name what they must.
 
-        holders: of each sequence on the rank its tables, and how many of its tokens are in the cache.
+        holders: of each sequence on the rank its tables, how many of its tokens are in the cache, and how many will be
+            once what is in flight has come to its end.
         """
-        for tables, tokens in holders:
+        for tables, _, tokens in holders:
             assert tables.end * self._page_size >= tokens, f"{tables.end} pages do not hold {tokens} tokens"
         for group, (span, pool) in enumerate(zip(self._spans, self._pools, strict=True)):
-            pool.check_integrity([tables.pages[group] for tables, _ in holders])
-            for tables, tokens in holders:
-                assert tables.passed[group] + len(tables.pages[group]) == tables.end
-                assert tables.passed[group] == span.first(tokens) // self._page_size
+            pool.check_integrity([tables.pages[group] for tables, _, _ in holders])
+            for tables, computed, planned in holders:
+                passed, size = tables.passed[group], self._page_size
+                assert passed + len(tables.pages[group]) == tables.end
+                assert span.first(computed) // size <= passed <= span.first(planned) // size
         if self._events is not None:
             self._events.check_integrity(self._pools[self._told].names)

@@ -21,30 +21,27 @@ class _Untold:
 
 
 class RoutedTokens:
-    """By request and sample, until an output tells of it. Nothing is read from the device before."""
+    """By request and sample, until an output tells of it."""
 
     def __init__(self) -> None:
-        self._calls: list[tuple[StepShape, Ranks, Array]] = []
         self._untold: dict[tuple[str, int], _Untold] = {}
 
     def record(self, shape: StepShape, ranks: Ranks, experts: Int[Array, "L R N K"]) -> None:
-        """What a call routed; kept only if one of its requests asks."""
-        if any(_asks(chunk) for chunks in ranks for chunk in chunks):
-            self._calls.append((shape, ranks, experts))
-
-    def forget_calls(self) -> None:
-        """Of a step that failed."""
-        self._calls.clear()
+        """What a call routed; read from the device only if one of its requests asks."""
+        wanted = [
+            (chunk, rank, begin)
+            for rank, chunks in enumerate(ranks)
+            for begin, chunk in zip(shape.begins(chunks), chunks, strict=False)
+            if chunk.sequence.request.params.routed_experts and not chunk.sequence.ended
+        ]
+        if not wanted:
+            return
+        by_row = np.moveaxis(np.asarray(experts), 0, 2)
+        for chunk, rank, begin in wanted:
+            self._take(chunk, by_row[rank, begin : begin + chunk.length])
 
     def attach(self, outputs: Seq[Output]) -> list[Output]:
         """The same with what became known of each; what was computed in vain, as after a preemption, is told once."""
-        for shape, ranks, experts in self._calls:
-            by_row = np.moveaxis(np.asarray(experts), 0, 2)
-            for rank, chunks in enumerate(ranks):
-                for begin, chunk in zip(shape.begins(chunks), chunks, strict=False):
-                    if _asks(chunk):
-                        self._take(chunk, by_row[rank, begin : begin + chunk.length])
-        self._calls.clear()
         return [self._told(output) for output in outputs] if self._untold else list(outputs)
 
     def _take(self, chunk: Chunk, rows: Int[np.ndarray, "tokens L K"]) -> None:
@@ -69,7 +66,3 @@ class RoutedTokens:
         routed = RoutedExperts(untold.start, layers, k, told.tobytes())
         untold.start, untold.rows = untold.start + len(rows), []
         return dataclasses.replace(output, routed_experts=routed)
-
-
-def _asks(chunk: Chunk) -> bool:
-    return chunk.sequence.request.params.routed_experts

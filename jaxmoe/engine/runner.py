@@ -1,19 +1,29 @@
-"""Runs a step's plan on the device: packs, launches, and reads the sampled tokens back."""
+"""Runs steps' plans on the device: packs, launches, and reads the sampled tokens back.
+
+A step is launched in two parts, so that its forward pass can begin before the host has read the tokens of the step
+before: what it takes of these the device hands on by itself. Only drawing waits for the host.
+"""
 
 import bisect
+import contextlib
+import dataclasses
 import math
 import operator
 import os
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array, Float, Int
 
+from jaxmoe.axes import Hidden
 from jaxmoe.engine.adjustments import Adjuster
 from jaxmoe.engine.batch import Packing, Ranks, StepShape, buckets, first_draws
 from jaxmoe.engine.config import ACCELERATOR_SHARE, CPU_SHARE, EngineConfig
-from jaxmoe.engine.executables import Executables, Report
+from jaxmoe.engine.executables import Executables, Report, Routed
 from jaxmoe.engine.grammars import Grammars
 from jaxmoe.engine.model import Model, Progress, no_progress
 from jaxmoe.engine.pages import PageGroup, pages_reached
@@ -29,10 +39,39 @@ from jaxmoe.sharding.devices import use_huge_pages
 from jaxmoe.spans import FULL
 
 
+@dataclasses.dataclass
+class _Call:
+    """One call of a forward program, and what was launched on it since.
+
+    slot_expert: of the placement that it ran with. drawn, drafts, prompts: packed reports on what it drew, what it
+    drafted, and reports on tokens of its prompts.
+    """
+
+    shape: StepShape
+    ranks: Ranks
+    packed: Int[np.ndarray, "R words"]
+    slot_expert: Int[np.ndarray, "L S"]
+    logits: Float[Array, "R draws V"]
+    sampling: Int[Array, "R draws fields"]
+    hidden: Hidden | None
+    routed: Routed | None
+    drawn: Any = None
+    drafts: Int[Array, "R B"] | None = None
+    prompts: list[Int[Array, "R rows words"]] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class Flight:
+    """A step that was launched and not yet read."""
+
+    plan: StepPlan
+    calls: list[_Call] = dataclasses.field(default_factory=list)
+
+
 class Runner:
     """Owns the KV cache and the compiled steps of one model.
 
-    device_seconds: how long the last `run` launched programs and waited for what they sampled.
+    device_seconds: how long it launched programs and waited for what they sampled, since it was made.
     """
 
     def __init__(self, model: Model, config: EngineConfig, progress: Progress = no_progress) -> None:
@@ -52,9 +91,10 @@ class Runner:
         self.groups = page_groups(model, config, self.max_context)
         self._page_size = config.page_size
         self._cache = self._make_cache()
-        self._packing = Packing(model.config.spans, config.page_size)
+        self._packing = Packing(model.config.spans, config.page_size, config.max_batch)
         self._buckets = buckets(config, self.max_context, self._packing, model.execution.kernels)
         self.executables = Executables(model, self._cache, self._packing, self._speculates)
+        self._kept = self.executables.no_tokens()
         spec = model.mesh_spec
         self.statistics = LoadStatistics(
             model.config.experts, spec.num_ranks // spec.expert_devices, spec.expert_devices, model.exchange
@@ -76,6 +116,7 @@ class Runner:
             if not array.is_deleted():
                 array.delete()
         self._cache = self._make_cache()
+        self._kept = self.executables.no_tokens()
 
     def _make_cache(self) -> KVCache:
         model, pages = self.model, tuple(group.pages_per_rank for group in self.groups)
@@ -105,17 +146,47 @@ class Runner:
             for strategy, counts in tokens.items()
         )
 
-    def run(self, plan: StepPlan) -> dict[str, Sampled]:
-        """What every chunk of the plan that samples brings, by request id."""
-        self.device_seconds = 0.0
-        launched = [(ranks, *self._launch(shape, ranks)) for shape, ranks in self._buckets.calls(plan)]
+    def launch(self, plan: StepPlan) -> Flight:
+        """Begins a step: packs it and launches its forward passes. The step before may be in flight."""
+        flight = Flight(plan)
+        for shape, ranks in self._buckets.calls(plan):
+            self.model.simulate(shape.rows * self.model.num_ranks)
+            packed = self._packing.pack(shape, ranks)
+            with self._on_device():
+                forward = self.executables.forward(shape, self._cache, packed, self._kept)
+            self._cache = forward.cache
+            flight.calls.append(_Call(shape, ranks, packed, self.model.slot_expert, *forward[1:]))
+        return flight
+
+    def sample(self, flight: Flight) -> None:
+        """Launches what draws the step's tokens. All that came before them must have been read."""
+        programs = self.executables
+        for call in flight.calls:
+            adjusted = call.logits
+            for adjustments in self._adjuster.pack(call.shape.draws, call.ranks):
+                adjusted = programs.adjust(adjusted, adjustments)
+            with self._on_device():
+                call.drawn, self._kept = programs.sample(adjusted, call.sampling, self._kept)
+                if self._speculates:
+                    assert call.hidden is not None
+                    self._cache, call.drafts = programs.draft(
+                        call.shape, self._cache, call.packed, call.hidden, call.drawn
+                    )
+            chunks = (chunk for chunks in call.ranks for chunk in chunks if chunk.samples)
+            if adjusted is not call.logits or any(chunk.sequence.request.params.logprobs for chunk in chunks):
+                call.drawn = programs.report(call.logits, call.drawn)
+            if call.hidden is not None:
+                rows = self._prompts.pick(call.shape, call.ranks)
+                call.prompts = [programs.report_prompts(call.shape, call.hidden, each) for each in rows]
+
+    def read(self, flight: Flight) -> dict[str, Sampled]:
+        """Waits for a step. What every chunk of its plan that samples brings, by request id."""
         sampled: dict[str, Sampled] = {}
-        for ranks, out, drafted, prompts in launched:
-            began = time.monotonic()
-            brought, told = Report.read(out), [Report.read(packed) for packed in prompts]
-            drafts = None if drafted is None else np.asarray(drafted)
-            self.device_seconds += time.monotonic() - began
-            for rank, chunks in enumerate(ranks):
+        for call in flight.calls:
+            with self._on_device():
+                brought, told = Report.read(call.drawn), [Report.read(packed) for packed in call.prompts]
+                drafts = None if call.drafts is None else np.asarray(call.drafts)
+            for rank, chunks in enumerate(call.ranks):
                 of_prompts = (
                     (float(each.logprobs[rank, row]), each.top(rank, row, self.executables.most_logprobs))
                     for each in told
@@ -127,38 +198,22 @@ class Runner:
                     if chunk.samples:
                         draft = None if drafts is None else int(drafts[rank, index])
                         sampled[chunk.sequence.request.id] = self._sampled(brought, rank, row, chunk, draft)
+            if call.routed is not None:
+                self._record(call, call.routed)
         self.statistics.settle()
         return sampled
 
-    def _launch(self, shape: StepShape, ranks: Ranks) -> tuple[jax.Array, jax.Array | None, list[jax.Array]]:
-        """Packed reports on what a call sampled, what it drafted, and reports on tokens of its prompts."""
-        programs = self.executables
-        self.model.simulate(shape.rows * self.model.num_ranks)
-        packed = self._packing.pack(shape, ranks)
+    def _record(self, call: _Call, routed: Routed) -> None:
+        self.statistics.record(routed.counts, call.slot_expert, call.shape.rows)
+        if routed.experts is not None:
+            self.recorder.record(routed.experts)
+            self.routed.record(call.shape, call.ranks, routed.experts)
+
+    @contextlib.contextmanager
+    def _on_device(self) -> Iterator[None]:
         began = time.monotonic()
-        self._cache, logits, sampling, hidden, routed = programs.forward(shape, self._cache, packed)
+        yield
         self.device_seconds += time.monotonic() - began
-        if routed is not None:
-            self.statistics.record(routed.counts, self.model.slot_expert, shape.rows)
-            if routed.experts is not None:
-                self.recorder.record(routed.experts)
-                self.routed.record(shape, ranks, routed.experts)
-        adjusted = logits
-        for adjustments in self._adjuster.pack(shape.draws, ranks):
-            adjusted = programs.adjust(adjusted, adjustments)
-        began = time.monotonic()
-        out, drafts = programs.sample(adjusted, sampling), None
-        if self._speculates:
-            assert hidden is not None
-            self._cache, drafts = programs.draft(shape, self._cache, packed, hidden, out)
-        self.device_seconds += time.monotonic() - began
-        asked = any(chunk.sequence.request.params.logprobs for chunks in ranks for chunk in chunks if chunk.samples)
-        if asked or adjusted is not logits:
-            out = programs.report(logits, out)
-        if hidden is None:
-            return out, drafts, []
-        told = [programs.report_prompts(shape, hidden, rows) for rows in self._prompts.pick(shape, ranks)]
-        return out, drafts, told
 
     def _sampled(self, brought: Report, rank: int, row: int, chunk: Chunk, draft: int | None) -> Sampled:
         # What was drawn after a draft counts if that is what was drawn before.

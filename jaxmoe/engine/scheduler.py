@@ -40,12 +40,15 @@ class Sequence:
     root: where the names of its pages begin; None if it neither finds nor leaves any.
     first: the sample that computes the prompt before this one starts.
     rank: its attention rank; -1 while it waits.
+    slot: from 1, its own among those that run on the rank: where the device keeps the token that was drawn last.
     num_computed: the first so many tokens have their keys and values in the cache.
     tables: its pages; none while it waits.
     names: of its first full pages, as far as they were asked for.
     num_stored: the first so many pages can be found by others.
     num_cached: of the prompt's tokens those that were found in the prefix cache when it first ran; -1 before.
     draft: what may come after its tokens; None if nobody drafts.
+    in_flight: the last chunk that was planned, until it is complete.
+    ended: it has come to its end; what is still in flight was for nothing.
     """
 
     request: Request
@@ -57,21 +60,33 @@ class Sequence:
     root: bytes | None = None
     first: "Sequence | None" = None
     rank: int = -1
+    slot: int = 0
     num_computed: int = 0
     tables: PageTables = NO_PAGES
     names: list[bytes] = dataclasses.field(default_factory=list)
     num_stored: int = 0
     num_cached: int = -1
     draft: int | None = None
+    in_flight: "Chunk | None" = None
+    ended: bool = False
+
+    @property
+    def num_planned(self) -> int:
+        """The first so many tokens are computed, or in flight."""
+        return self.num_computed if self.in_flight is None else self.in_flight.start + self.in_flight.length
 
     @property
     def num_uncomputed(self) -> int:
-        return len(self.tokens) - self.num_computed
+        """Tokens still to be planned for, with the one that what is in flight draws, unless it ends there."""
+        drawn = self.in_flight is not None and self.in_flight.samples
+        if drawn and len(self.tokens) + 1 >= self.limit:
+            return 0
+        return len(self.tokens) + drawn - self.num_planned
 
     @property
     def decodes(self) -> bool:
         """Only its newest token is still to be computed."""
-        return self.num_computed > 0 and self.num_uncomputed == 1
+        return self.num_planned > 0 and self.num_uncomputed == 1
 
 
 class Chunk(NamedTuple):
@@ -88,9 +103,11 @@ class Chunk(NamedTuple):
 
     @property
     def tokens(self) -> list[int]:
-        """What goes through the model."""
+        """What goes through the model; a token that only the device knows yet is the slot's number, negated."""
         own = self.sequence.tokens[self.start : self.start + self.length]
-        return own if self.draft is None else [*own, self.draft]
+        if self.draft is not None:
+            return [*own, self.draft]
+        return own if len(own) == self.length else [*own, -self.sequence.slot]
 
     @property
     def draws(self) -> int:
@@ -108,11 +125,22 @@ class StepPlan:
 
     @property
     def chunks(self) -> Iterator[Chunk]:
-        return (chunk for ranks in (self.prefills, self.decodes) for rank in ranks for chunk in rank)
+        return (chunk for _, chunk in self.placed)
+
+    @property
+    def placed(self) -> Iterator[tuple[int, Chunk]]:
+        """Every chunk with its attention rank."""
+        for ranks in (self.prefills, self.decodes):
+            for rank, chunks in enumerate(ranks):
+                for chunk in chunks:
+                    yield rank, chunk
 
     @property
     def empty(self) -> bool:
         return not any(self.prefills) and not any(self.decodes)
+
+
+NOTHING = StepPlan((), ())
 
 
 class RankLoad(NamedTuple):
@@ -163,7 +191,13 @@ class Stats(NamedTuple):
 
 
 class Scheduler:
-    """`schedule` and `complete` alternate; `submit` and `cancel` may come at any time between."""
+    """`schedule` and `complete` alternate; `submit` and `cancel` may come at any time between.
+
+    Or a step is planned while the one before is in flight: `complete` then comes after the next `schedule`, which takes
+    it that every sequence goes on. What it plans for one that turns out to have ended is void, and only that.
+    A plan is to be launched before the next call of either. From then on its tokens count as computed, and pages that
+    only it looks into as free: whatever is launched later comes after it on the device.
+    """
 
     def __init__(
         self,
@@ -186,6 +220,7 @@ class Scheduler:
             for rank in range(num_ranks)
         ]
         self._running: list[list[Sequence]] = [[] for _ in range(num_ranks)]  # by rank, in order
+        self._slots = [list(range(config.max_batch, 0, -1)) for _ in range(num_ranks)]  # free ones, by rank
         self._waiting: list[Sequence] = []  # in order
         self._live: dict[str, Sequence] = {}
         self._samples: dict[str, list[Sequence]] = {}  # those that live, by the id that was submitted
@@ -239,8 +274,8 @@ class Scheduler:
     def cancel(self, request_id: str, index: int | None = None) -> bool:
         """Ends a request, or one of its samples, and frees the pages; the next `complete` tells of it.
 
-        False if no such request or sample is live. A step already planned may still run: its plan still names those
-        pages, and nobody gets them before the next.
+        False if no such request or sample is live. A step already planned may still run, with those pages: who gets
+        them next comes after it on the device.
         """
         samples = [each for each in self._samples.get(request_id, ()) if index in (None, each.index)]
         for sequence in samples:
@@ -267,14 +302,19 @@ class Scheduler:
         if self._waiting:
             self._admit(prefills, budgets)
         self._num_steps += 1
-        return StepPlan(tuple(map(tuple, prefills)), tuple(map(tuple, decodes)))
+        plan = StepPlan(tuple(map(tuple, prefills)), tuple(map(tuple, decodes)))
+        for chunk in plan.chunks:
+            chunk.sequence.in_flight = chunk
+        return plan
 
     def complete(self, plan: StepPlan, sampled: Mapping[str, Sampled]) -> list[Output]:
         """Takes in what a step brought: `sampled` has it by request id, for each chunk that samples."""
         outputs = self._told_aborts()
-        for chunk in plan.chunks:
+        for rank, chunk in plan.placed:
             sequence = chunk.sequence
-            if sequence.request.id not in self._live:  # cancelled while the step ran
+            if sequence.in_flight is chunk:
+                sequence.in_flight = None
+            if sequence.ended:  # cancelled, or by the token before, while the step ran
                 continue
             before, reason = len(sequence.tokens), None
             brought = sampled[sequence.request.id] if chunk.samples else None
@@ -282,14 +322,14 @@ class Scheduler:
                 sequence.tokens.append(token)
                 if reason := self._finish_reason(sequence):
                     break
-            # What was sampled last is still to be computed; a draft that was wrong is written over.
-            sequence.num_computed = len(sequence.tokens) - 1 if brought else chunk.start + chunk.length
-            self._store(sequence)
-            self._pages[sequence.rank].trim(sequence.tables, sequence.num_computed)
+            if sequence.rank >= 0:  # not preempted while the step ran
+                # What was sampled last is still to be computed; a draft that was wrong is written over.
+                sequence.num_computed = len(sequence.tokens) - 1 if brought else chunk.start + chunk.length
+                self._settle(sequence)
             if brought is None:
                 continue
             sequence.draft = brought.draft
-            self._generated[sequence.rank] += len(sequence.tokens) - before
+            self._generated[rank] += len(sequence.tokens) - before
             self._drafts += chunk.draws - 1
             self._accepted_drafts += len(brought.tokens) - 1
             if reason:
@@ -313,7 +353,8 @@ class Scheduler:
     def fail(self, plan: StepPlan, error: str) -> list[Output]:
         """In place of `complete`, after a step that failed and left nothing in the KV cache that can be relied on.
 
-        All requests with a part in it end with "error"; the others are computed anew, and no prefix is cached.
+        All requests with a part in it end with "error"; the others are computed anew, and no prefix is cached. Whatever
+        else is in flight is void too.
         """
         outputs = self._told_aborts()
         for name in dict.fromkeys(chunk.sequence.name for chunk in plan.chunks):
@@ -323,6 +364,8 @@ class Scheduler:
         for running in self._running:
             for sequence in list(running):
                 self._requeue(sequence)
+        for sequence in self._live.values():
+            sequence.in_flight = None
         self.clear_prefix_cache()
         self.num_failed += 1
         return outputs
@@ -375,10 +418,13 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raises AssertionError unless every page and every live request is where it should be, once."""
         for rank, (running, pages) in enumerate(zip(self._running, self._pages, strict=True)):
-            pages.check_integrity([(sequence.tables, sequence.num_computed) for sequence in running])
+            pages.check_integrity([(each.tables, each.num_computed, each.num_planned) for each in running])
             assert all(sequence.rank == rank for sequence in running)
+            slots = [*self._slots[rank], *(sequence.slot for sequence in running)]
+            assert sorted(slots) == list(range(1, self._config.max_batch + 1))
             assert running == sorted(running, key=BY_ORDER)
         assert self._waiting == sorted(self._waiting, key=BY_ORDER)
+        assert not any(sequence.ended for sequence in self._live.values())
         for sequence in self._waiting:
             assert (sequence.rank, sequence.num_computed, sequence.num_stored) == (-1, 0, 0)
             assert sequence.tables is NO_PAGES
@@ -456,6 +502,8 @@ class Scheduler:
         for sequence in list(self._waiting):
             if self._stands_aside(sequence):
                 continue
+            if sequence.in_flight is not None:  # preempted just now: its last token is not here yet
+                break
             pinned = sequence.request.rank
             hits = {rank: self._hit(sequence, rank) for rank in open_ranks if pinned in (None, rank)}
             needed = {rank: self._pages_needed(sequence, rank, hit) for rank, hit in hits.items()}
@@ -489,12 +537,13 @@ class Scheduler:
         first, size = sequence.first, self._config.page_size
         if first is None or first.request.id not in self._live:
             return False
-        return first.num_computed // size < (len(sequence.request.prompt) - 1) // size
+        return first.num_stored < (len(sequence.request.prompt) - 1) // size
 
     def _start(self, sequence: Sequence, rank: int, hit: int) -> None:
         """Lets a sequence run on a rank with so many pages that are there already."""
         bisect.insort(self._running[rank], sequence, key=BY_ORDER)
-        sequence.rank, sequence.tables = rank, PageTables(len(self._groups))
+        sequence.rank, sequence.slot = rank, self._slots[rank].pop()
+        sequence.tables = PageTables(len(self._groups))
         if hit:
             self._pages[rank].adopt(sequence.tables, sequence.names, hit)
         sequence.num_stored, sequence.num_computed = hit, hit * self._config.page_size
@@ -524,29 +573,33 @@ class Scheduler:
             parent = page_name(parent, sequence.tokens[index * size : (index + 1) * size])
             names.append(parent)
 
-    def _store(self, sequence: Sequence) -> None:
-        """Lets others find the pages that have become full."""
+    def _settle(self, sequence: Sequence) -> None:
+        """Lets others find the pages that have become full, and takes back those that it will not look into again."""
         size, start = self._config.page_size, sequence.num_stored
-        count = sequence.num_computed // size
-        if sequence.root is None or count <= start:
-            return
-        self._name_pages(sequence, count)
-        parent = sequence.names[start - 1] if start else sequence.root
-        tokens = sequence.tokens[start * size : count * size]
-        self._pages[sequence.rank].store(sequence.tables, sequence.names[start:count], start, parent, tokens)
-        sequence.num_stored = count
+        computed = min(sequence.num_planned, len(sequence.tokens))
+        count, pages = computed // size, self._pages[sequence.rank]
+        if sequence.root is not None and count > start:
+            self._name_pages(sequence, count)
+            parent = sequence.names[start - 1] if start else sequence.root
+            tokens = sequence.tokens[start * size : count * size]
+            pages.store(sequence.tables, sequence.names[start:count], start, parent, tokens)
+            sequence.num_stored = count
+        pages.trim(sequence.tables, computed)
 
     def _plan(self, sequence: Sequence, room: int, chunks: list[Chunk]) -> None:
         """Adds its next tokens, `room` at most, and gives them pages: if none are free, those of who came last."""
+        if sequence.in_flight is not None:
+            self._settle(sequence)
         length = min(room, sequence.num_uncomputed)
         pages = self._pages[sequence.rank]
-        while not pages.extend(sequence.tables, sequence.num_computed + length):
+        start = sequence.num_planned
+        while not pages.extend(sequence.tables, start + length):
             last = self._running[sequence.rank][-1]
             self._preempt(last)
             if last is sequence:
                 return
         if length:
-            chunks.append(Chunk(sequence, sequence.num_computed, length, length == sequence.num_uncomputed))
+            chunks.append(Chunk(sequence, start, length, length == sequence.num_uncomputed))
 
     def _with_draft(self, chunk: Chunk) -> Chunk:
         """The same with what was drafted, where that can bring a token and there is a free place for it."""
@@ -574,6 +627,7 @@ class Scheduler:
         bisect.insort(self._waiting, sequence, key=BY_ORDER)
 
     def _end(self, sequence: Sequence) -> None:
+        sequence.ended = True
         del self._live[sequence.request.id]
         self._samples[sequence.name].remove(sequence)
         if not self._samples[sequence.name]:
@@ -585,6 +639,7 @@ class Scheduler:
 
     def _vacate(self, sequence: Sequence) -> None:
         self._running[sequence.rank].remove(sequence)
+        self._slots[sequence.rank].append(sequence.slot)
         self._pages[sequence.rank].release(sequence.tables)
 
     def _room(self, group: PageGroup) -> int:

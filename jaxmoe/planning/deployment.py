@@ -96,7 +96,7 @@ class Deployment:
 
     @functools.cached_property
     def packing(self) -> Packing:
-        return Packing(self.config.spans, self.limits.page_size)
+        return Packing(self.config.spans, self.limits.page_size, self.limits.max_batch)
 
     @functools.cached_property
     def shapes(self) -> tuple[StepShape, ...]:

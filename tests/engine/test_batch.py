@@ -40,7 +40,7 @@ def running(spans, lengths, steps, config=CONFIG, draft=None):
 
 @pytest.mark.parametrize("spans", [(FULL,), (WINDOW,), (CHUNK, FULL)], ids=str)
 def test_what_is_packed_on_the_host_is_unpacked_on_the_device(spans):
-    packing = Packing(spans, 4)
+    packing = Packing(spans, 4, 8)
     (chunks,) = running(spans, (50, 3, 21), 7).decodes
     assert len(chunks) == 3
     shape = StepShape(4, 1, 64)
@@ -62,7 +62,7 @@ def test_what_is_packed_on_the_host_is_unpacked_on_the_device(spans):
 
 
 def test_tables_are_as_wide_as_the_context_or_as_what_the_span_reaches():
-    packing = Packing((FULL, WINDOW, CHUNK), 4)
+    packing = Packing((FULL, WINDOW, CHUNK), 4, 8)
     assert packing.widths(StepShape(1, 1, 64)) == (64, 3, 4)
     assert packing.widths(StepShape(1, 16, 64)) == (64, 7, 8)
     assert packing.widths(StepShape(1, 1, 2)) == (2, 2, 2)
@@ -71,7 +71,7 @@ def test_tables_are_as_wide_as_the_context_or_as_what_the_span_reaches():
 @pytest.mark.parametrize("kernels", ["xla", "native"])
 @pytest.mark.parametrize("spans", [(FULL,), (WINDOW,), (Span("window", 400),), (CHUNK, WINDOW), (CHUNK, FULL)], ids=str)
 def test_every_step_fits_a_bucket_and_no_two_buckets_are_the_same_program(spans, kernels):
-    packing = Packing(spans, 4)
+    packing = Packing(spans, 4, 8)
     of_kernels = buckets(CONFIG, 1000, packing, kernels)
     shapes = list(of_kernels)
     programs = {(shape.batch, shape.tokens, packing.widths(shape)) for shape in shapes}
@@ -94,7 +94,7 @@ def test_prefills_of_about_one_length_share_a_call_where_each_has_a_row():
 
     def shapes(lengths):
         chunks = tuple(Chunk(None, 0, length, False) for length in lengths)
-        calls = Grid(config, 1000, Packing((FULL,), 4)).calls(StepPlan((chunks,), ((),)))
+        calls = Grid(config, 1000, Packing((FULL,), 4, 8)).calls(StepPlan((chunks,), ((),)))
         return [(shape.batch, shape.tokens) for shape, _ in calls]
 
     assert shapes([50]) == [(1, 64)]
@@ -104,7 +104,7 @@ def test_prefills_of_about_one_length_share_a_call_where_each_has_a_row():
 
 def test_decodes_and_pieces_of_prompts_go_in_one_row():
     config = dataclasses.replace(CONFIG, max_prefill_tokens=256, max_batch=8)
-    packing = Packing((FULL,), 4)
+    packing = Packing((FULL,), 4, 8)
     rows = OneRow(config, 1000, packing)
     plan = running((FULL,), (3, 2, 60), 2)
     assert [chunk.length for chunk in plan.chunks] == [16, 1, 1]
@@ -126,7 +126,7 @@ def test_decodes_and_pieces_of_prompts_go_in_one_row():
 
 @pytest.mark.parametrize("kernels", ["xla", "native"])
 def test_drafts_that_were_wrong_go_no_further(kernels):
-    config, packing = dataclasses.replace(CONFIG, speculate="mtp"), Packing((FULL,), 4)
+    config, packing = dataclasses.replace(CONFIG, speculate="mtp"), Packing((FULL,), 4, 8)
     plan = running((FULL,), (3, 2), 2, config, draft=7)
     ((shape, ranks),) = buckets(config, 1000, packing, kernels).calls(plan)
     assert [(chunk.start, chunk.tokens) for chunk in ranks[0]] == [(4, [1, 7]), (3, [1, 7])]
@@ -144,14 +144,14 @@ def test_drafts_that_were_wrong_go_no_further(kernels):
 
 
 def test_windows_alone_make_all_long_contexts_one_bucket():
-    decodes = {shape.pages for shape in Grid(CONFIG, 1000, Packing((WINDOW,), 4)) if shape.tokens == 1}
+    decodes = {shape.pages for shape in Grid(CONFIG, 1000, Packing((WINDOW,), 4, 8)) if shape.tokens == 1}
     assert decodes == {3}
-    decodes = {shape.pages for shape in Grid(CONFIG, 1000, Packing((WINDOW, FULL), 4)) if shape.tokens == 1}
+    decodes = {shape.pages for shape in Grid(CONFIG, 1000, Packing((WINDOW, FULL), 4, 8)) if shape.tokens == 1}
     assert decodes == {64, 250}
 
 
 def test_one_shape_serves_many_ranks():
     (chunks,) = running((FULL,), (5, 6), 1).decodes
-    grid = Grid(dataclasses.replace(CONFIG, max_batch=2), 1000, Packing((FULL,), 4))
+    grid = Grid(dataclasses.replace(CONFIG, max_batch=2), 1000, Packing((FULL,), 4, 8))
     ((shape, _),) = grid.calls(StepPlan(((),) * 3, ((), chunks, chunks[:1])))
     assert shape == StepShape(2, 1, 64)

@@ -116,30 +116,38 @@ def test_cancelling_one_request_frees_its_pages_and_leaves_the_others_tokens(eng
     assert all(load.used_pages == 0 for load in engine.loads())
 
 
-def breaks(engine, monkeypatch, times):
-    """The next so many steps fail, and the cache that they were to update in place is gone."""
-    run, left = engine._runner.run, [None] * times
+def breaks(engine, monkeypatch, times, doing="launch"):
+    """So many steps from now on fail as they are launched or read, and the cache that they had is gone."""
+    do, left = getattr(engine._runner, doing), [None] * times
 
-    def failing(plan):
-        if not left:
-            return run(plan)
+    def failing(work):
+        plan = work if doing == "launch" else work.plan
+        if not left or plan.empty:
+            return do(work)
         left.pop()
         for array in jax.tree.leaves(engine._runner._cache)[:1]:
             array.delete()
         raise RuntimeError("secret detail")
 
-    monkeypatch.setattr(engine._runner, "run", failing)
+    monkeypatch.setattr(engine._runner, doing, failing)
 
 
-def test_a_device_error_fails_the_requests_of_its_step_and_the_engine_goes_on(engine, alone, prompts, monkeypatch):
+@pytest.mark.parametrize("doing", ["launch", "read"])
+def test_a_device_error_fails_the_requests_of_its_step_and_the_engine_goes_on(
+    engine, alone, prompts, monkeypatch, doing
+):
     engine.submit(Request("lost", tuple(prompts[1]), GREEDY))
-    engine.step()
+    assert all(not output.finish_reason for _ in range(3) for output in engine.step())
     with monkeypatch.context() as patch:
-        breaks(engine, patch, 1)
-        (output,) = engine.step()
-    assert (output.request_id, output.finish_reason) == ("lost", "error")
-    assert output.error == "the step failed with RuntimeError; the engine's log has the details"
+        # A step in flight is read a second time before it is given up.
+        breaks(engine, patch, 1 if doing == "launch" else 2, doing)
+        *told, last = engine.step()
+    # What the step before brought is told all the same.
+    assert [len(output.token_ids) for output in told] == ([1] if doing == "launch" else [])
+    assert (last.request_id, last.finish_reason) == ("lost", "error")
+    assert last.error == "the step failed with RuntimeError; the engine's log has the details"
     assert not engine.has_work
+    engine.check_integrity()
     assert together(engine, prompts) == alone
 
 

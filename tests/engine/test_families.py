@@ -134,7 +134,7 @@ def test_the_engine_says_how_much_is_cached_for_which_span(models):
 @pytest.mark.parametrize("mesh", ["dp=1", "dp=2,ep=4"])
 def test_a_step_updates_the_cache_in_place(models, mesh):
     model = models(mesh)
-    packing = Packing(model.config.spans, 4)
+    packing = Packing(model.config.spans, 4, 8)
     cache = make_cache(model.config, model.mesh, model.rules, tuple(8192 for _ in packing.spans), 4, model.dtype)
     arrays = [array.nbytes // model.num_ranks for array in jax.tree.leaves(cache)]
     for shape in (StepShape(2, 1, 16), StepShape(1, 16, 16)):
@@ -147,7 +147,7 @@ def test_a_step_updates_the_cache_in_place(models, mesh):
 @pytest.mark.parametrize("shape", [StepShape(1, 1, 16), StepShape(1, 16, 16)], ids=str)
 def test_a_step_of_native_kernels_copies_no_weights_and_no_cache(name, shape):
     model = jaxmoe.load(f"demo:{name}", kernels="native")
-    packing = Packing(model.config.spans, 16)
+    packing = Packing(model.config.spans, 16, 8)
     cache = make_cache(model.config, model.mesh, model.rules, tuple(64 for _ in packing.spans), 16, model.dtype)
     text = Executables(model, cache, packing).compile(shape).as_text()
     largest_activation = shape.batch * shape.tokens * 2 * model.config.width

@@ -32,7 +32,7 @@ def test_a_sequence_gets_pages_in_every_group_or_in_none():
     assert pages.extend(first, 5)
     assert pages.used == 4
     assert not pages.extend(second, 1)
-    pages.check_integrity([(first, 0), (second, 0)])
+    pages.check_integrity([(first, 0, 0), (second, 0, 0)])
     assert pages.used == 4
     pages.release(first)
     assert pages.used == 0
@@ -51,7 +51,7 @@ def test_trimming_takes_what_is_out_of_sight_and_keeps_the_rest_in_its_place(spa
         seen = range(span.first(start) // 4, -(-end // 4))
         assert named == {index: page_of[index] for index in seen}
         pages.trim(tables, end)
-        pages.check_integrity([(tables, end)])
+        pages.check_integrity([(tables, end, end)])
         assert pages.used == len(tables.pages[0])
 
 
@@ -60,11 +60,11 @@ def test_the_integrity_check_finds_a_page_that_is_gone_too_early_or_kept_too_lon
     tables = PageTables(1)
     pages.extend(tables, 12)
     with pytest.raises(AssertionError):
-        pages.check_integrity([(tables, 12)])
+        pages.check_integrity([(tables, 12, 12)])
     pages.trim(tables, 12)
-    pages.check_integrity([(tables, 12)])
+    pages.check_integrity([(tables, 12, 12)])
     with pytest.raises(AssertionError):
-        pages.check_integrity([(tables, 10)])
+        pages.check_integrity([(tables, 10, 10)])
 
 
 @given(

@@ -1,4 +1,6 @@
-"""The same greedy tokens, which are transformers': alone, batched, in chunks, preempted and with a prefix found."""
+"""The same greedy tokens, which are transformers', whatever way an engine comes to them."""
+
+import dataclasses
 
 import numpy as np
 import pytest
@@ -24,12 +26,13 @@ GREEDY = SamplingParams(temperature=0, max_tokens=12)
 LENGTHS = (3, 17, 1, 30, 41)  # Llama 4's chunks are of 8
 # In pieces that fit neither pages nor spans.
 CHUNKED = EngineConfig(page_size=3, max_batch=1, max_prefill_tokens=5, max_prefill_sequences=1, warm_up=False)
+PLAIN = EngineConfig(page_size=4, max_batch=4, max_prefill_tokens=16, max_prefill_sequences=2, warm_up=False)
 
 
 @pytest.fixture(scope="module", params=CACHES)
-def checkpoint(request, reference_checkpoint):
+def checkpoint(request, reference_checkpoint, further_layer):
     family, options = CACHES[request.param]
-    return reference_checkpoint(family, **options)
+    return further_layer() if family == "deepseek_v3" else reference_checkpoint(family, **options)
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +55,7 @@ def model(request, checkpoint):
 def engine(model):
     """With pages for the longest of the requests, and for no more than two or three that grow together."""
     pages = 14 if FULL in model.config.spans else 9
-    return Engine(
-        model,
-        EngineConfig(
-            page_size=4,
-            max_batch=4,
-            max_prefill_tokens=16,
-            max_prefill_sequences=2,
-            pages_per_rank=pages,
-            warm_up=False,
-        ),
-    )
+    return Engine(model, dataclasses.replace(PLAIN, pages_per_rank=pages))
 
 
 def together(engine, prompts):
@@ -105,7 +98,24 @@ def cached(engine, prompts):
     return tokens
 
 
-@pytest.mark.parametrize("way", [alone, together, chunked, preempted, cached], ids=lambda way: way.__name__)
+def one_step_at_a_time(engine, prompts):
+    return together(Engine(engine.model, dataclasses.replace(PLAIN, overlap=False)), prompts)
+
+
+def speculated(engine, prompts):
+    """The one family with a layer that drafts; that drafts are right at times is seen in test_speculation.py."""
+    if not engine.model.config.mtp_layers:
+        pytest.skip("no layer that drafts")
+    drafting = Engine(engine.model, dataclasses.replace(PLAIN, speculate="mtp"))
+    tokens = together(drafting, prompts)
+    assert drafting.stats().drafts
+    return tokens
+
+
+WAYS = [alone, together, chunked, preempted, cached, one_step_at_a_time, speculated]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_greedy_tokens_are_those_of_transformers(engine, expected, prompts, way):
     engine.clear_prefix_cache()
     assert way(engine, prompts) == expected

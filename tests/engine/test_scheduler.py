@@ -49,12 +49,15 @@ class PagedModel:
 
     def reset(self):
         self.caches = [[{} for _ in self.spans] for _ in range(self.num_ranks)]
+        self.kept = [{} for _ in range(self.num_ranks)]  # by slot, the token that was drawn last
 
     def __call__(self, plan):
-        sampled = {}
-        for chunk in plan.chunks:
+        sampled, drawn_by = {}, {}
+        for rank, chunk in plan.placed:
             sequence, end = chunk.sequence, chunk.start + chunk.length
-            tokens, seed = [*sequence.tokens[: chunk.start], *chunk.tokens], sequence.request.params.seed
+            own = [self.kept[rank][-token] if token < 0 else token for token in chunk.tokens]
+            tokens, seed = [*sequence.tokens[: chunk.start], *own], sequence.request.params.seed
+            assert len(tokens) == end
             for group, span in enumerate(self.spans):
                 self.attend(sequence, tokens, group, span, range(chunk.start, end))
             if chunk.samples:
@@ -64,6 +67,9 @@ class PagedModel:
                 coming = next_token([*sequence.tokens, *drawn], self.spans, seed)
                 draft = coming if zlib.crc32(bytes(tokens)) % 2 else (coming + 1) % VOCAB
                 sampled[sequence.request.id] = Sampled(tuple(drawn), (-0.5,) * len(drawn), draft=draft)
+                drawn_by[rank, sequence.slot] = drawn[-1]
+        for (rank, slot), token in drawn_by.items():
+            self.kept[rank][slot] = token
         return sampled
 
     def attend(self, sequence, tokens, group, span, queries):
@@ -187,7 +193,7 @@ class AnyUse(RuleBasedStateMachine):
             else min(max_context, pages * page_size)
             for span, pages in groups
         )
-        self.plan = None
+        self.flights = []  # plans with what the model made of them, two at most
         self.requests = {}  # all that were accepted
         self.samples = {}  # what each of their samples asks for by itself, by id and index
         self.untouched = []  # those that never were in a plan, in the order in which they may be
@@ -242,17 +248,20 @@ class AnyUse(RuleBasedStateMachine):
                 self.scheduler.submit(request)
         assert not self.scheduler.cancel(request.id, index)
 
-    @rule(steps=st.integers(1, 8))
-    def run(self, steps):
+    @rule(steps=st.integers(1, 8), overlap=st.booleans())
+    def run(self, steps, overlap):
+        """overlap: each step is planned while the one before is in flight."""
         for _ in range(steps):
-            if self.plan is None:
+            if not self.flights or overlap:
                 self.schedule()
             self.complete()
 
-    @precondition(lambda self: self.plan is None)
     @rule()
     def schedule(self):
+        if len(self.flights) == (1 if self.limits["speculate"] else 2):
+            self.complete()
         self.plan = self.scheduler.schedule()
+        self.flights.append((self.plan, self.model(self.plan)))
         self.num_steps += 1
         for prefills, decodes, load in zip(self.plan.prefills, self.plan.decodes, self.scheduler.loads(), strict=True):
             assert len(prefills) <= self.limits["max_prefill_sequences"]
@@ -265,9 +274,10 @@ class AnyUse(RuleBasedStateMachine):
             assert all(chunk.draft is None for chunk in prefills)
             assert len(decodes) <= load.running <= self.limits["max_batch"]
             assert load.used_pages <= load.total_pages
-        if self.plan.empty:
+        if self.plan.empty and len(self.flights) == 1:
             assert self.scheduler.num_running == self.scheduler.queue_length == 0
         self.spans_hold_no_more_than_they_see(max(self.limits["max_prefill_tokens"], self.most))
+        assert all(chunk.start + chunk.length < chunk.sequence.limit for chunk in self.plan.chunks)
         planned = ranks_of(self.plan)
         assert len(planned) == len(list(self.plan.chunks))
         self.nobody_was_overtaken(planned)
@@ -289,26 +299,24 @@ class AnyUse(RuleBasedStateMachine):
                 assert planned[request.id] not in passed_by
                 assert request.rank in (None, planned[request.id])
 
-    @precondition(lambda self: self.plan is not None)
+    @precondition(lambda self: self.flights)
     @rule()
     def complete(self):
-        outputs = self.scheduler.complete(self.plan, self.model(self.plan))
-        self.plan = None
-        self.take(outputs)
+        self.take(self.scheduler.complete(*self.flights.pop(0)))
 
     @precondition(lambda self: self.requests)
-    @rule(halfway=st.booleans())
-    def fail(self, halfway):
-        if self.plan is None:
-            self.schedule()
-        if halfway:
-            self.model(self.plan)
+    @rule(late=st.booleans())
+    def fail(self, late):
+        """late: the last of the steps in flight, the one before having come to its end; else the first."""
+        while not self.flights or (late and len(self.flights) > 1):
+            self.complete() if self.flights else self.schedule()
+        (plan, _), *_ = self.flights
+        self.flights.clear()
         self.model.reset()
-        outputs = self.scheduler.fail(self.plan, "the device is gone")
+        outputs = self.scheduler.fail(plan, "the device is gone")
         failed = {output.request_id for output in outputs if output.finish_reason == "error"}
-        planned = {chunk.sequence.name for chunk in self.plan.chunks}
+        planned = {chunk.sequence.name for chunk in plan.chunks}
         assert failed <= planned
-        self.plan = None
         self.take(outputs)
         assert all(key in self.ends for key in self.samples if key[0] in planned)
         assert all(load.used_pages == load.running == 0 for load in self.scheduler.loads())
@@ -351,9 +359,9 @@ class AnyUse(RuleBasedStateMachine):
     def teardown(self):
         if not hasattr(self, "scheduler"):
             return
-        taken = 0
-        while self.scheduler.has_work:
-            self.run(1)
+        taken = -len(self.flights)
+        while self.scheduler.has_work or self.flights:
+            self.run(1, overlap=False)
             taken += 1
             assert taken <= 1 + self.max_context * len(self.samples), "whoever came first did not advance in every step"
         self.follow_events()
@@ -607,6 +615,58 @@ def test_a_step_that_fails_ends_its_requests_and_has_the_others_computed_anew():
     assert tokens_of(drain(scheduler, model), "waiting") == solo_run(ask("waiting", 6), 32)[0]
     assert scheduler.stats().failed_steps == 1
     assert [event.kind for batch in scheduler.kv_events() for event in batch.events] == ["cleared", "stored", "stored"]
+
+
+def in_flight(scheduler, model):
+    plan = scheduler.schedule()
+    return plan, model(plan)
+
+
+def test_a_step_is_planned_on_tokens_that_are_still_in_flight_and_is_void_for_whoever_ended_there():
+    scheduler, model = make()
+    request = ask("x", stop_token_ids=(solo_run(ask("x"), 32)[0][1],))
+    scheduler.submit(request)
+    first, second = in_flight(scheduler, model), in_flight(scheduler, model)
+    assert [chunk.tokens for chunk in second[0].chunks] == [[-1]]
+    outputs = scheduler.complete(*first)
+    third = in_flight(scheduler, model)
+    outputs += scheduler.complete(*second)
+    assert (tokens_of(outputs, "x"), outputs[-1].finish_reason) == solo_run(request, 32)
+    # Its id can be had again although a step of it is still in flight.
+    scheduler.submit(ask("x", 5))
+    fourth = in_flight(scheduler, model)
+    assert scheduler.complete(*third) == []
+    outputs = scheduler.complete(*fourth) + drain(scheduler, model)
+    assert tokens_of(outputs, "x") == solo_run(ask("x", 5), 32)[0]
+
+
+def test_whoever_is_preempted_while_in_flight_keeps_the_token_and_waits_for_it_whatever_rank_has_room():
+    scheduler, model = make(num_ranks=2, pages_per_rank=8)
+    requests = [ask("other", 7, rank=1), ask("old", 3, max_tokens=12, rank=0), ask("new", 4, max_tokens=12)]
+    for request in requests:
+        scheduler.submit(request)
+    flight = in_flight(scheduler, model)
+    assert ranks_of(flight[0]) == {"old": 0, "new": 0, "other": 1}
+    outputs = []
+    for _ in range(100):
+        before, flight = flight, in_flight(scheduler, model)
+        outputs += scheduler.complete(*before)
+        scheduler.check_integrity()
+    assert not scheduler.has_work
+    assert scheduler.num_preemptions >= 1
+    for request in requests:
+        assert tokens_of(outputs, request.id) == solo_run(request, 16)[0]
+
+
+def test_when_the_first_of_two_steps_in_flight_fails_who_is_only_in_the_second_is_computed_anew():
+    scheduler, model = make()
+    scheduler.submit(ask("lost"))
+    first = in_flight(scheduler, model)
+    scheduler.submit(ask("kept"))
+    assert set(ranks_of(in_flight(scheduler, model)[0])) == {"lost", "kept"}
+    model.reset()
+    assert [(out.request_id, out.finish_reason) for out in scheduler.fail(first[0], "gone")] == [("lost", "error")]
+    assert tokens_of(drain(scheduler, model), "kept") == solo_run(ask("kept"), 32)[0]
 
 
 def test_a_request_pinned_to_a_full_rank_holds_up_only_those_for_that_rank():

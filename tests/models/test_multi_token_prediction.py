@@ -1,6 +1,5 @@
 """DeepSeek-V3's layer that predicts a token more, against transformers' own reading of the same files."""
 
-import zlib
 
 import numpy as np
 import parity
@@ -33,40 +32,14 @@ CONFIGS = {
 
 
 @pytest.fixture
-def checkpoint(reference_checkpoint, tmp_path):
+def checkpoint(further_layer):
     """A factory of folders that hold a further layer, with the main model's Reference."""
 
-    def make(*, copies, **overrides):
-        reference = reference_checkpoint("deepseek_v3", num_nextn_predict_layers=1, **overrides)
-        layers = reference.model.config.num_hidden_layers
-        # Its layer is a mixture whatever the main model's are.
-        like = reference_checkpoint("deepseek_v3", **{**overrides, "num_hidden_layers": 1, "first_k_dense_replace": 0})
-        tensors = read_tensors(reference.folder)
-        shapes = {
-            name.replace("layers.0.", f"layers.{layers}."): tensor.shape
-            for name, tensor in read_tensors(like.folder).items()
-            if "layers.0." in name
-        }
-        width = reference.model.config.hidden_size
-        shapes |= {f"model.layers.{layers}.{name}.weight": (width,) for name in ("enorm", "hnorm", "shared_head.norm")}
-        shapes[f"model.layers.{layers}.eh_proj.weight"] = (width, 2 * width)
-        tensors |= {name: random(name, shape) for name, shape in shapes.items()}
-        if copies:
-            head = "model.embed_tokens.weight" if reference.model.config.tie_word_embeddings else "lm_head.weight"
-            tensors[f"model.layers.{layers}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
-            tensors[f"model.layers.{layers}.shared_head.head.weight"] = tensors[head].clone()
-        (tmp_path / "config.json").write_text((reference.folder / "config.json").read_text())
-        write_tensors(tmp_path, tensors)
-        return tmp_path, reference
+    def make(**overrides):
+        reference = further_layer(**overrides)
+        return reference.folder, reference
 
     return make
-
-
-def random(name, shape):
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
-    if name.endswith("bias"):
-        return 0.2 * values
-    return 1 + 0.2 * values if len(shape) == 1 else values * 1.4 / shape[-1] ** 0.5
 
 
 def expected_logits(folder, model, tokens):

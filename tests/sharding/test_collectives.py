@@ -48,7 +48,7 @@ def compiled(model, program):
             return collectives(model._forward, model.params, model.placement, *placed)
         pages = (8,) * len(model.config.spans)
         cache = make_cache(model.config, model.mesh, model.rules, pages, 4, model.dtype)
-        executables = Executables(model, cache, Packing(model.config.spans, 4))
+        executables = Executables(model, cache, Packing(model.config.spans, 4, 8))
         if program in OF_BATCH:
             return collectives(getattr(executables, f"compile_{program}")(DECODE.batch))
         return collectives(executables.compile({"decode": DECODE, "prefill": PREFILL}[program]))
