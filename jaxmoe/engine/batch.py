@@ -21,6 +21,10 @@ from jaxmoe.spans import Span
 
 Ranks: TypeAlias = Seq[Seq[Chunk]]  # chunks of every attention rank
 
+# What the device keeps of every slot, [slots, kept], for a step that is launched before the host has read the one
+# before: the token drawn last, the draft of what comes after it, and whether the draft before was right. Slot 0 is
+# nobody's.
+KEPT = ("token", "draft", "right")
 SHORT_CHUNK, FEW_TOKENS = 32, 64
 SHORT_CONTEXT, LONG_CONTEXT = 256, 4096  # tokens of the shortest block tables, gathered and read in place
 
@@ -96,8 +100,7 @@ class Sampling(NamedTuple):
 class Batch(NamedTuple):
     """A step's input, unpacked on the device: of one rank, or of all with a leading axis R.
 
-    A sequence of length 0 is padding, and so is a token at position -1. A token below 0 is the one kept in a slot, of
-    this number negated. tables, firsts, pieces: see `PagedContext`.
+    A sequence of length 0 is padding, and so is a token at position -1. tables, firsts, pieces: see `PagedContext`.
     begins: the row of each sequence's first token.
     draws: the rows after which tokens are drawn, sequence by sequence: the last of each, before it one for each draft;
         then any rows of padding. drawers: the sequences that these are of.
@@ -182,11 +185,28 @@ class Following(NamedTuple):
             shifted.reshape(batch.tokens.shape),
             put(positions, last, -1, wrong).reshape(batch.positions.shape),
             ends,
-            Sampling(*params, positions[ends] + 2, jnp.zeros_like(ends)).pack(),
+            Sampling(*params, positions[ends] + 2, batch.slot).pack(),
         )
 
+    def keep(self, batch: Batch, drafts: Int[Array, "B"], kept: Int[Array, "slots kept"]) -> Int[Array, "slots kept"]:
+        """`KEPT`, once one rank's drafts are drawn."""
+        right = jnp.where(batch.drafts > 0, self.ends - batch.begins, 0)
+        return kept.at[batch.slot].set(jnp.stack([self.tokens.reshape(-1)[self.ends], drafts, right], axis=-1))
 
-PER_SEQUENCE = ("start", "length", "temperature", "top_k", "top_p", "min_p", "seed", "following", "drafts", "slot")
+
+PER_SEQUENCE = (
+    "start",
+    "length",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "seed",
+    "following",
+    "drafts",
+    "slot",
+    "ahead",
+)
 FLOATS = ("temperature", "top_p", "min_p")
 
 
@@ -246,11 +266,15 @@ class Packing:
             ]
             fields["drafts"][:count] = [chunk.draws - 1 for chunk in chunks]
             fields["slot"][:count] = [chunk.sequence.slot for chunk in chunks]
+            fields["ahead"][:count] = [chunk.ahead for chunk in chunks]
         return packed
 
-    def unpack(self, packed: Int[Array, "words"], shape: StepShape) -> Batch:
-        """One rank's batch."""
+    def unpack(self, packed: Int[Array, "words"], shape: StepShape, kept: Int[Array, "slots kept"]) -> Batch:
+        """One rank's batch. kept: see `KEPT`; tokens below 0 are places of tokens and drafts there (`Chunk.tokens`)."""
         fields = self._split(packed, shape)
+        tokens, ahead = fields["tokens"], fields.pop("ahead") > 0
+        fields["tokens"] = jnp.where(tokens < 0, kept[:, :2].reshape(-1)[jnp.maximum(-tokens, 0)], tokens)
+        fields["start"] += jnp.where(ahead, kept[fields["slot"], KEPT.index("right")], 0)
         as_float = {name: jax.lax.bitcast_convert_type(fields[name], jnp.float32) for name in FLOATS}
         start, length = fields["start"], fields["length"]
         if shape.one_row:
@@ -424,5 +448,5 @@ def _needed(packing: Packing, shape: StepShape) -> int:
 
 
 def _pages(sizes: Seq[int], page_size: int, ranks: Ranks) -> int:
-    context = max(chunk.start + chunk.length for chunks in ranks for chunk in chunks)
+    context = max(chunk.end for chunks in ranks for chunk in chunks)
     return next(pages for pages in sizes if pages * page_size >= context)

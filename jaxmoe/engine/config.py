@@ -64,8 +64,7 @@ class EngineConfig:
     rebalance: when experts may move while the engine serves; None keeps no room for that.
     speculate: "mtp": the checkpoint's layer for multi-token prediction drafts a token for every sequence that decodes,
         and the next step verifies it; None puts one token a sequence through the model.
-    overlap: a step begins before the tokens of the one before are read, so that the device need not wait for the host;
-        not where steps draft.
+    overlap: a step begins before the tokens of the one before are read, so that the device need not wait for the host.
     """
 
     page_size: int = 16

@@ -92,8 +92,6 @@ class Engine:
         self._unstarted: set[str] = set()
         self.last_step = StepReport()
         self._failures = 0
-        # Where a draft was right the next position is known only once it is read.
-        self._overlaps = config.overlap and config.speculate is None
         self._flight = Flight(NOTHING)
 
     @property
@@ -210,14 +208,14 @@ class Engine:
         self._flight = Flight(NOTHING)
         try:
             flight = self._runner.launch(plan)
-            if self._overlaps:
+            if self.config.overlap:
                 outputs, before = self._land(before), self._flight
             self._runner.sample(flight)
-            if not self._overlaps:
+            if not self.config.overlap:
                 outputs = self._land(flight)
         except Exception as error:
             return outputs + self._recover(plan, before, error)
-        if self._overlaps:
+        if self.config.overlap:
             self._flight = flight
         self.last_step = self._report(plan, self._runner.device_seconds - on_device)
         if self._rebalancer:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxmoe.axes import Hidden
 from jaxmoe.engine.adjustments import AdjustmentShape
-from jaxmoe.engine.batch import Batch, Following, Packing, Sampling, StepShape
+from jaxmoe.engine.batch import KEPT, Batch, Following, Packing, Sampling, StepShape
 from jaxmoe.engine.model import Progress, no_progress
 from jaxmoe.engine.programs import Program, build, summary
 from jaxmoe.engine.prompt_logprobs import Rows, rows_a_call
@@ -132,9 +132,9 @@ class Executables:
         return summary(self.programs, self._warm_up_seconds) if self._warm else ""
 
     def forward(
-        self, shape: StepShape, cache: KVCache, packed: Int[np.ndarray, "R words"], kept: Int[Array, "R slots"]
+        self, shape: StepShape, cache: KVCache, packed: Int[np.ndarray, "R words"], kept: Int[Array, "R slots kept"]
     ) -> Forward:
-        """kept: the token that was drawn last of each slot, for those that the host has not read yet.
+        """kept: see `KEPT`.
 
         The host array goes in as it is: the call's own transfer takes a tenth of the time of `jax.device_put`.
         """
@@ -145,14 +145,16 @@ class Executables:
         self,
         logits: Float[Array, "R draws V"],
         sampling: Int[Array, "R draws fields"],
-        kept: Int[Array, "R slots"],
-    ) -> tuple[Int[Array, "R draws two"], Int[Array, "R slots"]]:
-        """Every token drawn with the bits of its log-probability; and what is kept by slot, updated in place."""
+        kept: Int[Array, "R slots kept"],
+    ) -> tuple[Int[Array, "R draws two"], Int[Array, "R slots kept"]]:
+        """Every token drawn with the bits of its log-probability; and `kept` updated in place, unless steps draft."""
+        if self._speculates:
+            return self._of("sampling", logits)(logits, sampling), kept
         out, kept = self._of("sampling", logits)(logits, sampling, kept)
         return out, kept
 
-    def no_tokens(self) -> Int[Array, "R slots"]:
-        """What is kept by slot before anything was drawn."""
+    def nothing_kept(self) -> Int[Array, "R slots kept"]:
+        """`KEPT` before anything was drawn."""
         shape = self._kept()
         return jax.device_put(np.zeros(shape.shape, np.int32), shape.sharding)
 
@@ -175,12 +177,13 @@ class Executables:
         packed: Int[np.ndarray, "R words"],
         hidden: Hidden,
         sampled: Int[Array, "R draws two"],
-    ) -> tuple[KVCache, Int[Array, "R B"]]:
-        """After a forward pass and sampling: the cache, updated in place, and for every sequence the token that may
-        come after those drawn."""
+        kept: Int[Array, "R slots kept"],
+    ) -> tuple[KVCache, Int[Array, "R B"], Int[Array, "R slots kept"]]:
+        """After a forward pass and sampling: the cache, updated in place, for every sequence the token that may come
+        after those drawn, and `kept`, updated in place."""
         run = self._program(_drafts(shape), self.compile_drafting, shape)
-        cache, drafts = run(self._model.params, self._model.placement, cache, packed, hidden, sampled)
-        return cache, drafts
+        cache, drafts, kept = run(self._model.params, self._model.placement, cache, packed, hidden, sampled, kept)
+        return cache, drafts, kept
 
     def compile(self, shape: StepShape) -> Any:
         """The forward program (`jax.stages.Compiled`) of one shape."""
@@ -191,13 +194,12 @@ class Executables:
             placement: Placement,
             cache: KVCache,
             packed: Int[Array, "R words"],
-            kept: Int[Array, "R slots"],
+            kept: Int[Array, "R slots kept"],
         ) -> tuple[KVCache, Float[Array, "R B V"], Int[Array, "R B fields"], Hidden | None, Routed | None]:
             decoder = merge(model.abstract, params)
-            batch = unpack_ranks(packed, packing, shape)
-            tokens = known_ranks(batch.tokens, kept)
+            batch = unpack_ranks(packed, kept, packing, shape)
             context = PagedContext(cache, batch.tables, batch.firsts, batch.pieces)
-            hidden, written, decided = decoder(tokens, batch.positions, placement, context, model.execution)
+            hidden, written, decided = decoder(batch.tokens, batch.positions, placement, context, model.execution)
             assert written is not None
             last = pick_rows(hidden, batch.draws) if shape.tokens > 1 else hidden
             told = hidden if not shape.decodes or self._speculates else None
@@ -224,9 +226,10 @@ class Executables:
             packed: Int[Array, "R words"],
             hidden: Hidden,
             sampled: Int[Array, "R draws two"],
-        ) -> tuple[KVCache, Int[Array, "R B"]]:
+            kept: Int[Array, "R slots kept"],
+        ) -> tuple[KVCache, Int[Array, "R B"], Int[Array, "R slots kept"]]:
             decoder, kernels = merge(model.abstract, params), model.execution.kernels
-            batch = unpack_ranks(packed, packing, shape)
+            batch = unpack_ranks(packed, kept, packing, shape)
             following = follow_ranks(batch, sampled)
             context = PagedContext(cache, batch.tables, batch.firsts, batch.pieces)
             further, written, _ = decoder.predict_next(
@@ -236,14 +239,14 @@ class Executables:
             logits = decoder.logits(pick_rows(further, following.ends), kernels, batch.sequences_in_use)
             # By the noise of the position that the draft is for, so that it is likely to be what is drawn there: see
             # `ops.sampling.sample`.
-            drafts = sample_ranks(logits.astype(jnp.float32), following.sampling, kernels)
-            return written.cache, drafts[..., 0]
+            drafts = sample_ranks(logits.astype(jnp.float32), following.sampling, kernels)[..., 0]
+            return written.cache, drafts, keep_drafts(kept, batch, following, drafts)
 
         words = self._on_ranks((packing.words(shape),), jnp.int32)
         states = self._on_ranks((shape.rows, model.config.width), model.params["embed"].dtype)
         sampled = self._on_ranks((shape.draws, 2), jnp.int32)
-        arguments = (model.params, model.placement, self._cache_shape, words, states, sampled)
-        return self._build(_drafts(shape), draft, 2, *arguments)
+        arguments = (model.params, model.placement, self._cache_shape, words, states, sampled, self._kept())
+        return self._build(_drafts(shape), draft, (2, 6), *arguments)
 
     def compile_sampling(self, batch: int) -> Any:
         """The sampling program of one number of draws a rank."""
@@ -251,12 +254,19 @@ class Executables:
         kernels = self._model.execution.kernels
 
         def draw(
-            logits: Float[Array, "R draws V"], sampling: Int[Array, "R draws fields"], kept: Int[Array, "R slots"]
-        ) -> tuple[Int[Array, "R draws two"], Int[Array, "R slots"]]:
+            logits: Float[Array, "R draws V"],
+            sampling: Int[Array, "R draws fields"],
+            kept: Int[Array, "R slots kept"],
+        ) -> tuple[Int[Array, "R draws two"], Int[Array, "R slots kept"]]:
             drawn = sample_ranks(logits, sampling, kernels)
-            return drawn, keep_ranks(kept, sampling, drawn)
+            return drawn, keep_tokens(kept, sampling, drawn)
 
-        return self._build(f"sampling batch={batch}", draw, 2, self._logits(batch), fields, self._kept())
+        title = f"sampling batch={batch}"
+        if self._speculates:
+            # Which tokens stay is seen, and kept, where the next are drafted.
+            run = functools.partial(sample_ranks, kernels=kernels)
+            return self._build(title, run, (), self._logits(batch), fields)
+        return self._build(title, draw, 2, self._logits(batch), fields, self._kept())
 
     def compile_adjusting(self, batch: int) -> Any:
         """The adjusting program of one number of draws a rank."""
@@ -310,9 +320,9 @@ class Executables:
         return self._on_ranks((batch, self._model.config.vocab_size), jnp.float32)
 
     def _kept(self) -> jax.ShapeDtypeStruct:
-        return self._on_ranks((self._packing.max_batch + 1,), jnp.int32)
+        return self._on_ranks((self._packing.max_batch + 1, len(KEPT)), jnp.int32)
 
-    def _build(self, title: str, fn: Callable[..., Any], donated: int | tuple[()], *arguments: Any) -> Any:
+    def _build(self, title: str, fn: Callable[..., Any], donated: int | tuple[int, ...], *arguments: Any) -> Any:
         def lower(name: str) -> jax.stages.Lowered:
             def named(*args: Any) -> Any:
                 return fn(*args)
@@ -336,35 +346,42 @@ def _abstract(leaf: Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
-def unpack_ranks(packed: Int[Array, "R words"], packing: Packing, shape: StepShape) -> Batch:
+def unpack_ranks(
+    packed: Int[Array, "R words"], kept: Int[Array, "R slots kept"], packing: Packing, shape: StepShape
+) -> Batch:
     """Every rank's batch, fields with a leading axis R."""
 
-    def local(words: Array) -> Batch:
-        batch = packing.unpack(words[0], shape)
+    def local(words: Array, kept: Array) -> Batch:
+        batch = packing.unpack(words[0], shape, kept[0])
         return jax.tree.map(lambda field: field[None], batch)
 
-    return jax.shard_map(local, in_specs=PACKED, out_specs=P(RANKS), check_vma=False)(packed)
+    run = jax.shard_map(local, in_specs=(PACKED, RANK_ROWS), out_specs=P(RANKS), check_vma=False)
+    return run(packed, kept)
 
 
-def known_ranks(tokens: Int[Array, "R rows T"], kept: Int[Array, "R slots"]) -> Int[Array, "R rows T"]:
-    """Tokens with those that are kept in slots in their places."""
-
-    def local(tokens: Array, kept: Array) -> Array:
-        return jnp.where(tokens < 0, kept[0, jnp.maximum(-tokens, 0)], tokens)
-
-    return jax.shard_map(local, in_specs=(P(RANKS), PACKED), out_specs=P(RANKS), check_vma=False)(tokens, kept)
-
-
-def keep_ranks(
-    kept: Int[Array, "R slots"], sampling: Int[Array, "R draws fields"], drawn: Int[Array, "R draws two"]
-) -> Int[Array, "R slots"]:
-    """What is kept by slot, once tokens were drawn."""
+def keep_tokens(
+    kept: Int[Array, "R slots kept"], sampling: Int[Array, "R draws fields"], drawn: Int[Array, "R draws two"]
+) -> Int[Array, "R slots kept"]:
+    """`KEPT` without drafts, once tokens are drawn."""
 
     def local(kept: Array, sampling: Array, drawn: Array) -> Array:
-        return kept.at[0, Sampling.unpack(sampling[0]).slot].set(drawn[0, :, 0])
+        return kept.at[0, Sampling.unpack(sampling[0]).slot, KEPT.index("token")].set(drawn[0, :, 0])
 
-    run = jax.shard_map(local, in_specs=(PACKED, RANK_ROWS, RANK_ROWS), out_specs=PACKED, check_vma=False)
+    run = jax.shard_map(local, in_specs=(RANK_ROWS, RANK_ROWS, RANK_ROWS), out_specs=RANK_ROWS, check_vma=False)
     return run(kept, sampling, drawn)
+
+
+def keep_drafts(
+    kept: Int[Array, "R slots kept"], batch: Batch, following: Following, drafts: Int[Array, "R B"]
+) -> Int[Array, "R slots kept"]:
+    """`KEPT`, once drafts are drawn."""
+
+    def local(kept: Array, batch: Batch, following: Following, drafts: Array) -> Array:
+        own, after = (jax.tree.map(lambda field: field[0], each) for each in (batch, following))
+        return after.keep(own, drafts[0], kept[0])[None]
+
+    specs = (RANK_ROWS, P(RANKS), P(RANKS), PACKED)
+    return jax.shard_map(local, in_specs=specs, out_specs=RANK_ROWS, check_vma=False)(kept, batch, following, drafts)
 
 
 def sampling_ranks(batch: Batch) -> Int[Array, "R draws fields"]:

@@ -94,7 +94,7 @@ class Runner:
         self._packing = Packing(model.config.spans, config.page_size, config.max_batch)
         self._buckets = buckets(config, self.max_context, self._packing, model.execution.kernels)
         self.executables = Executables(model, self._cache, self._packing, self._speculates)
-        self._kept = self.executables.no_tokens()
+        self._kept = self.executables.nothing_kept()
         spec = model.mesh_spec
         self.statistics = LoadStatistics(
             model.config.experts, spec.num_ranks // spec.expert_devices, spec.expert_devices, model.exchange
@@ -116,7 +116,7 @@ class Runner:
             if not array.is_deleted():
                 array.delete()
         self._cache = self._make_cache()
-        self._kept = self.executables.no_tokens()
+        self._kept = self.executables.nothing_kept()
 
     def _make_cache(self) -> KVCache:
         model, pages = self.model, tuple(group.pages_per_rank for group in self.groups)
@@ -162,6 +162,7 @@ class Runner:
         """Launches what draws the step's tokens. All that came before them must have been read."""
         programs = self.executables
         for call in flight.calls:
+            call.ranks = [[chunk.settled for chunk in chunks] for chunks in call.ranks]
             adjusted = call.logits
             for adjustments in self._adjuster.pack(call.shape.draws, call.ranks):
                 adjusted = programs.adjust(adjusted, adjustments)
@@ -169,8 +170,8 @@ class Runner:
                 call.drawn, self._kept = programs.sample(adjusted, call.sampling, self._kept)
                 if self._speculates:
                     assert call.hidden is not None
-                    self._cache, call.drafts = programs.draft(
-                        call.shape, self._cache, call.packed, call.hidden, call.drawn
+                    self._cache, call.drafts, self._kept = programs.draft(
+                        call.shape, self._cache, call.packed, call.hidden, call.drawn, self._kept
                     )
             chunks = (chunk for chunks in call.ranks for chunk in chunks if chunk.samples)
             if adjusted is not call.logits or any(chunk.sequence.request.params.logprobs for chunk in chunks):
@@ -217,7 +218,7 @@ class Runner:
 
     def _sampled(self, brought: Report, rank: int, row: int, chunk: Chunk, draft: int | None) -> Sampled:
         # What was drawn after a draft counts if that is what was drawn before.
-        right = chunk.draft is not None and brought.tokens[rank, row] == chunk.draft
+        right = chunk.draft and brought.tokens[rank, row] == chunk.sequence.draft
         rows = range(row, row + 1 + right)
         most = chunk.sequence.request.params.logprobs
         return Sampled(

@@ -73,7 +73,9 @@ class Sequence:
     @property
     def num_planned(self) -> int:
         """The first so many tokens are computed, or in flight."""
-        return self.num_computed if self.in_flight is None else self.in_flight.start + self.in_flight.length
+        if self.in_flight is None:
+            return self.num_computed
+        return len(self.tokens) if self.in_flight.samples else self.in_flight.start + self.in_flight.length
 
     @property
     def num_uncomputed(self) -> int:
@@ -92,27 +94,42 @@ class Sequence:
 class Chunk(NamedTuple):
     """`sequence.tokens[start : start + length]` go through the model; if `samples`, a token is drawn after the last.
 
-    draft: goes through it as the last of these, and is not yet one of the sequence's tokens.
+    draft: the last of these is the sequence's draft, and not yet one of its tokens.
+    ahead: so many tokens at most, with a draft two, were being drawn as it was planned. Its first token is the last of
+        them, which only the device knows, as it does its draft; and if there were two, it begins one later.
     """
 
     sequence: Sequence
     start: int
     length: int
     samples: bool
-    draft: int | None = None
+    draft: bool = False
+    ahead: int = 0
+
+    @property
+    def end(self) -> int:
+        """The number of the sequence's tokens up to its last, at most."""
+        return self.start + self.length + max(0, self.ahead - 1)
 
     @property
     def tokens(self) -> list[int]:
-        """What goes through the model; a token that only the device knows yet is the slot's number, negated."""
-        own = self.sequence.tokens[self.start : self.start + self.length]
-        if self.draft is not None:
-            return [*own, self.draft]
-        return own if len(own) == self.length else [*own, -self.sequence.slot]
+        """What goes through the model; where only the device knows it, minus twice the slot's number, less 1 for a
+        draft."""
+        sequence = self.sequence
+        if self.ahead:
+            return [-2 * sequence.slot, -2 * sequence.slot - 1][: self.length]
+        own = sequence.tokens[self.start : self.start + self.length]
+        return [*own, sequence.draft or 0] if self.draft else own
+
+    @property
+    def settled(self) -> "Chunk":
+        """The same once all tokens are read that were drawn before it."""
+        return self._replace(start=len(self.sequence.tokens) - 1, ahead=0) if self.ahead else self
 
     @property
     def draws(self) -> int:
         """Rows of logits: after its last token, and with a draft after the one before too."""
-        return 1 if self.draft is None else 2
+        return 1 + self.draft
 
 
 @dataclasses.dataclass(frozen=True)
@@ -575,8 +592,7 @@ class Scheduler:
 
     def _settle(self, sequence: Sequence) -> None:
         """Lets others find the pages that have become full, and takes back those that it will not look into again."""
-        size, start = self._config.page_size, sequence.num_stored
-        computed = min(sequence.num_planned, len(sequence.tokens))
+        size, start, computed = self._config.page_size, sequence.num_stored, sequence.num_planned
         count, pages = computed // size, self._pages[sequence.rank]
         if sequence.root is not None and count > start:
             self._name_pages(sequence, count)
@@ -588,28 +604,31 @@ class Scheduler:
 
     def _plan(self, sequence: Sequence, room: int, chunks: list[Chunk]) -> None:
         """Adds its next tokens, `room` at most, and gives them pages: if none are free, those of who came last."""
-        if sequence.in_flight is not None:
+        before = sequence.in_flight
+        if before is not None:
             self._settle(sequence)
-        length = min(room, sequence.num_uncomputed)
+        length, start = min(room, sequence.num_uncomputed), sequence.num_planned
+        ahead = before.draws if before is not None and before.samples else 0
+        chunk = Chunk(sequence, start, length, length == sequence.num_uncomputed, ahead=ahead)
         pages = self._pages[sequence.rank]
-        start = sequence.num_planned
-        while not pages.extend(sequence.tables, start + length):
+        while not pages.extend(sequence.tables, chunk.end):
             last = self._running[sequence.rank][-1]
             self._preempt(last)
             if last is sequence:
                 return
         if length:
-            chunks.append(Chunk(sequence, start, length, length == sequence.num_uncomputed))
+            chunks.append(chunk)
 
     def _with_draft(self, chunk: Chunk) -> Chunk:
         """The same with what was drafted, where that can bring a token and there is a free place for it."""
-        sequence, end = chunk.sequence, chunk.start + 2
-        if sequence.draft is None or sequence.request.params.needs_last_token or end >= sequence.limit:
+        sequence, end = chunk.sequence, chunk.end + 1
+        unknown = sequence.draft is None and not chunk.ahead
+        if unknown or sequence.request.params.needs_last_token or end >= sequence.limit:
             return chunk
         # Nobody gives up pages for a guess.
         if not self._pages[sequence.rank].extend(sequence.tables, end):
             return chunk
-        return chunk._replace(length=2, draft=sequence.draft)
+        return chunk._replace(length=2, draft=True)
 
     def _prefill_room(self, chunks: list[Chunk], budget: int) -> int:
         """How many tokens one more chunk beside these may hold, if all may hold `budget`."""

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxmoe.engine.batch import Following, Grid, OneRow, Packing, Sampling, StepShape, buckets
+from jaxmoe.engine.batch import KEPT, Following, Grid, OneRow, Packing, Sampling, StepShape, buckets
 from jaxmoe.engine.config import EngineConfig
 from jaxmoe.engine.pages import PageGroup
 from jaxmoe.engine.request import Request, Sampled, SamplingParams
@@ -13,10 +13,11 @@ from jaxmoe.spans import FULL, Span
 
 CONFIG = EngineConfig(page_size=4, max_batch=4, max_prefill_tokens=16, max_prefill_sequences=2)
 WINDOW, CHUNK = Span("window", 8), Span("chunk", 16)
+NOTHING_KEPT = np.zeros((9, len(KEPT)), np.int32)
 
 
-def running(spans, lengths, steps, config=CONFIG, draft=None):
-    """The chunks of the step after so many."""
+def running(spans, lengths, steps, config=CONFIG, draft=None, in_flight=False):
+    """The chunks of the step after so many. in_flight: the last of these is not complete."""
     scheduler = Scheduler(
         config,
         num_ranks=1,
@@ -30,11 +31,11 @@ def running(spans, lengths, steps, config=CONFIG, draft=None):
             temperature=index / 4, top_k=index, top_p=1 / (index + 1), min_p=index / 8, seed=2**32 - 1 - index
         )
         scheduler.submit(Request(str(index), tuple(range(length)), params))
-    for _ in range(steps):
+    for step in range(steps):
         plan = scheduler.schedule()
-        scheduler.complete(
-            plan, {chunk.sequence.request.id: Sampled((1,), (0.0,), draft=draft) for chunk in plan.chunks}
-        )
+        if not in_flight or step < steps - 1:
+            brought = {chunk.sequence.request.id: Sampled((1,), (0.0,), draft=draft) for chunk in plan.chunks}
+            scheduler.complete(plan, brought)
     return scheduler.schedule()
 
 
@@ -45,7 +46,7 @@ def test_what_is_packed_on_the_host_is_unpacked_on_the_device(spans):
     assert len(chunks) == 3
     shape = StepShape(4, 1, 64)
     (row,) = packing.pack(shape, [chunks])
-    batch = jax.tree.map(np.asarray, packing.unpack(jax.numpy.asarray(row), shape))
+    batch = jax.tree.map(np.asarray, packing.unpack(jax.numpy.asarray(row), shape, jax.numpy.asarray(NOTHING_KEPT)))
     assert batch.length.tolist() == [1, 1, 1, 0]
     for index, chunk in enumerate(chunks):
         sequence, params = chunk.sequence, chunk.sequence.request.params
@@ -112,7 +113,7 @@ def test_decodes_and_pieces_of_prompts_go_in_one_row():
     assert (shape.batch, shape.tokens) == (8, 32)
     assert [chunk.length for chunk in ranks[0]] == [1, 1, 16]
     (row,) = packing.pack(shape, ranks)
-    batch = jax.tree.map(np.asarray, packing.unpack(jax.numpy.asarray(row), shape))
+    batch = jax.tree.map(np.asarray, packing.unpack(jax.numpy.asarray(row), shape, jax.numpy.asarray(NOTHING_KEPT)))
     assert batch.pieces.begins.tolist() == [0, 1, 2, *[18] * 6]
     assert batch.pieces.decoding.tolist() == [True, True] + [False] * 6
     assert batch.draws.tolist()[:3] == [0, 1, 17]
@@ -131,7 +132,7 @@ def test_drafts_that_were_wrong_go_no_further(kernels):
     ((shape, ranks),) = buckets(config, 1000, packing, kernels).calls(plan)
     assert [(chunk.start, chunk.tokens) for chunk in ranks[0]] == [(4, [1, 7]), (3, [1, 7])]
     (row,) = packing.pack(shape, ranks)
-    batch = packing.unpack(jax.numpy.asarray(row), shape)
+    batch = packing.unpack(jax.numpy.asarray(row), shape, jax.numpy.asarray(NOTHING_KEPT))
     assert batch.draws[:4].tolist() == [0, 1, 2, 3]
     assert batch.sampling.position[:4].tolist() == [5, 6, 4, 5]
     # The first sequence's draft is what was drawn, the second one's is not.
@@ -141,6 +142,25 @@ def test_drafts_that_were_wrong_go_no_further(kernels):
     assert following.positions.reshape(-1)[:4].tolist() == [4, 5, 3, -1]
     assert following.ends[:2].tolist() == [1, 2]
     assert Sampling.unpack(following.sampling).position[:2].tolist() == [7, 5]
+
+
+@pytest.mark.parametrize("kernels", ["xla", "native"])
+def test_what_the_host_has_not_read_yet_the_device_puts_in_its_place(kernels):
+    config, packing = dataclasses.replace(CONFIG, speculate="mtp"), Packing((FULL,), 4, 8)
+    plan = running((FULL,), (3, 2), 3, config, draft=7, in_flight=True)
+    ((shape, ranks),) = buckets(config, 1000, packing, kernels).calls(plan)
+    assert [(chunk.start, chunk.end, chunk.ahead) for chunk in ranks[0]] == [(5, 8, 2), (4, 7, 2)]
+    (row,) = packing.pack(shape, ranks)
+    # The first sequence's draft was right and brought it two tokens, the second one's was not.
+    kept = NOTHING_KEPT.copy()
+    for chunk, latest in zip(ranks[0], [(20, 21, 1), (30, 31, 0)], strict=True):
+        kept[chunk.sequence.slot] = latest
+    batch = packing.unpack(jax.numpy.asarray(row), shape, jax.numpy.asarray(kept))
+    assert batch.tokens.reshape(-1)[:4].tolist() == [20, 21, 30, 31]
+    assert batch.positions.reshape(-1)[:4].tolist() == [6, 7, 4, 5]
+    following = Following.of(batch, jax.numpy.zeros(shape.draws, int).at[:4].set([21, 8, 6, 9]))
+    kept = following.keep(batch, jax.numpy.asarray([40, 50, *[0] * (shape.batch - 2)]), jax.numpy.asarray(kept))
+    assert [kept[chunk.sequence.slot].tolist() for chunk in ranks[0]] == [[8, 40, 1], [6, 50, 0]]
 
 
 def test_windows_alone_make_all_long_contexts_one_bucket():

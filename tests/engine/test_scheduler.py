@@ -49,27 +49,33 @@ class PagedModel:
 
     def reset(self):
         self.caches = [[{} for _ in self.spans] for _ in range(self.num_ranks)]
-        self.kept = [{} for _ in range(self.num_ranks)]  # by slot, the token that was drawn last
+        # By slot all tokens but the one that was drawn last, that one, and what was drafted after it.
+        self.kept = [{} for _ in range(self.num_ranks)]
 
     def __call__(self, plan):
-        sampled, drawn_by = {}, {}
+        sampled, kept = {}, []
         for rank, chunk in plan.placed:
-            sequence, end = chunk.sequence, chunk.start + chunk.length
-            own = [self.kept[rank][-token] if token < 0 else token for token in chunk.tokens]
-            tokens, seed = [*sequence.tokens[: chunk.start], *own], sequence.request.params.seed
-            assert len(tokens) == end
+            sequence, seed, own = chunk.sequence, chunk.sequence.request.params.seed, chunk.tokens
+            before = sequence.tokens[: chunk.start]
+            if chunk.ahead:
+                before, drawn, draft = self.kept[rank][sequence.slot]
+                own = [{-2 * sequence.slot: drawn, -2 * sequence.slot - 1: draft}[token] for token in own]
+            tokens, start, end = [*before, *own], len(before), len(before) + len(own)
+            assert chunk.start <= start <= end <= chunk.end
+            assert chunk.ahead == 2 or (start, end) == (chunk.start, chunk.end)
             for group, span in enumerate(self.spans):
-                self.attend(sequence, tokens, group, span, range(chunk.start, end))
+                self.attend(sequence, tokens, group, span, range(start, end))
             if chunk.samples:
                 drawn = [next_token(tokens[:seen], self.spans, seed) for seen in range(end + 1 - chunk.draws, end + 1)]
-                drawn = drawn[: 1 + (drawn[0] == chunk.draft)]
+                drawn = drawn[: 1 + (chunk.draft and drawn[0] == own[-1])]
+                known = tokens[:-1] if chunk.draft else tokens
                 # Right about every second time.
-                coming = next_token([*sequence.tokens, *drawn], self.spans, seed)
+                coming = next_token([*known, *drawn], self.spans, seed)
                 draft = coming if zlib.crc32(bytes(tokens)) % 2 else (coming + 1) % VOCAB
                 sampled[sequence.request.id] = Sampled(tuple(drawn), (-0.5,) * len(drawn), draft=draft)
-                drawn_by[rank, sequence.slot] = drawn[-1]
-        for (rank, slot), token in drawn_by.items():
-            self.kept[rank][slot] = token
+                kept.append((rank, sequence.slot, ([*known, *drawn[:-1]], drawn[-1], draft)))
+        for rank, slot, latest in kept:
+            self.kept[rank][slot] = latest
         return sampled
 
     def attend(self, sequence, tokens, group, span, queries):
@@ -258,7 +264,7 @@ class AnyUse(RuleBasedStateMachine):
 
     @rule()
     def schedule(self):
-        if len(self.flights) == (1 if self.limits["speculate"] else 2):
+        if len(self.flights) == 2:
             self.complete()
         self.plan = self.scheduler.schedule()
         self.flights.append((self.plan, self.model(self.plan)))
@@ -271,13 +277,13 @@ class AnyUse(RuleBasedStateMachine):
                 assert tokens <= self.limits["max_batch_tokens"]
             assert all(chunk.length == chunk.draws <= self.most for chunk in decodes)
             assert all(chunk.samples and chunk.start > 0 for chunk in decodes)
-            assert all(chunk.draft is None for chunk in prefills)
+            assert not any(chunk.draft for chunk in prefills)
             assert len(decodes) <= load.running <= self.limits["max_batch"]
             assert load.used_pages <= load.total_pages
         if self.plan.empty and len(self.flights) == 1:
             assert self.scheduler.num_running == self.scheduler.queue_length == 0
         self.spans_hold_no_more_than_they_see(max(self.limits["max_prefill_tokens"], self.most))
-        assert all(chunk.start + chunk.length < chunk.sequence.limit for chunk in self.plan.chunks)
+        assert all(chunk.end < chunk.sequence.limit + max(0, chunk.ahead - 1) for chunk in self.plan.chunks)
         planned = ranks_of(self.plan)
         assert len(planned) == len(list(self.plan.chunks))
         self.nobody_was_overtaken(planned)
@@ -627,7 +633,7 @@ def test_a_step_is_planned_on_tokens_that_are_still_in_flight_and_is_void_for_wh
     request = ask("x", stop_token_ids=(solo_run(ask("x"), 32)[0][1],))
     scheduler.submit(request)
     first, second = in_flight(scheduler, model), in_flight(scheduler, model)
-    assert [chunk.tokens for chunk in second[0].chunks] == [[-1]]
+    assert [(chunk.start, chunk.tokens) for chunk in second[0].chunks] == [(3, [-2])]
     outputs = scheduler.complete(*first)
     third = in_flight(scheduler, model)
     outputs += scheduler.complete(*second)

@@ -1,6 +1,5 @@
 """DeepSeek-V3's layer that predicts a token more, against transformers' own reading of the same files."""
 
-
 import numpy as np
 import parity
 import pytest
