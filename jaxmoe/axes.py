@@ -17,4 +17,3 @@ Positions: TypeAlias = Int[Array, "R B T"]
 Hidden: TypeAlias = Float[Array, "R N D"]
 Logits: TypeAlias = Float[Array, "R N V"]
 Layer: TypeAlias = int | Int[Array, ""]
-InUse: TypeAlias = Int[Array, "R"] | None  # how many of a rank's rows are not padding, if that is known

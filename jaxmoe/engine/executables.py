@@ -26,7 +26,7 @@ from jaxmoe.models.decoder import RANK_ROWS, Decoder, Execution, merge
 from jaxmoe.models.kv_cache import CacheShapes, KVCache, PagedContext
 from jaxmoe.moe.placement import Placement
 from jaxmoe.moe.statistics import count_loads
-from jaxmoe.ops.linear import Kernels
+from jaxmoe.ops.linear import Compute, Kernels
 from jaxmoe.ops.sampling import adjust, report, sample
 from jaxmoe.sharding.mesh import RANKS
 
@@ -203,7 +203,7 @@ class Executables:
             assert written is not None
             last = pick_rows(hidden, batch.draws) if shape.tokens > 1 else hidden
             told = hidden if not shape.decodes or self._speculates else None
-            logits = decoder.logits(last, model.execution.kernels, batch.draws_in_use)
+            logits = decoder.logits(last, Compute(model.execution.kernels, batch.draws_in_use))
             routed = None
             if decided is not None:
                 devices = decoder.rules.spec.expert_devices
@@ -236,7 +236,7 @@ class Executables:
                 hidden, following.tokens, following.positions, placement, context, model.execution
             )
             assert written is not None
-            logits = decoder.logits(pick_rows(further, following.ends), kernels, batch.sequences_in_use)
+            logits = decoder.logits(pick_rows(further, following.ends), Compute(kernels, batch.sequences_in_use))
             # By the noise of the position that the draft is for, so that it is likely to be what is drawn there: see
             # `ops.sampling.sample`.
             drafts = sample_ranks(logits.astype(jnp.float32), following.sampling, kernels)[..., 0]
@@ -289,7 +289,7 @@ class Executables:
             params: Any, hidden: Hidden, rows: Int[Array, "R rows"], targets: Int[Array, "R rows"]
         ) -> Int[Array, "R rows words"]:
             decoder = merge(model.abstract, params)
-            logits = decoder.logits(pick_rows(hidden, rows), model.execution.kernels)
+            logits = decoder.logits(pick_rows(hidden, rows), Compute(model.execution.kernels))
             return report_ranks(logits, targets[..., None], most, model.execution.kernels)
 
         states = self._on_ranks((shape.rows, model.config.width), model.params["embed"].dtype)

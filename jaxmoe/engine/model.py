@@ -39,6 +39,7 @@ from jaxmoe.moe.simulation import Simulated, Simulation
 from jaxmoe.moe.statistics import Exchange
 from jaxmoe.moe.strategy import Mixture, Strategy, check_strategy, choose
 from jaxmoe.ops import native
+from jaxmoe.ops.linear import Compute
 from jaxmoe.ops.quantised import LARGEST, quantise
 from jaxmoe.sharding.devices import use_huge_pages, virtual_devices
 from jaxmoe.sharding.mesh import RANKS, MeshSpec, make_mesh, slots_for
@@ -185,6 +186,12 @@ class Model:
     def num_parameters(self) -> int:
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
+    @property
+    def expert_dtype(self) -> jnp.dtype:
+        """What experts' weights are kept in, or would be."""
+        experts = self.params.get("experts")
+        return jnp.dtype(experts["gate_up"].dtype if experts else self.dtype)
+
     def describe(self) -> str:
         """One line for a log: what was loaded, where."""
         config = self.config
@@ -196,8 +203,7 @@ class Model:
         )
 
     def _describe_dtype(self) -> str:
-        experts = self.params.get("experts")
-        kept = experts["gate_up"].dtype if experts else self.dtype
+        kept = self.expert_dtype
         return str(self.dtype) if kept == self.dtype else f"{self.dtype}, experts in {kept},"
 
     def _describe_layout(self) -> str:
@@ -394,7 +400,7 @@ class Model:
             context = PagedContext(cache, tables, firsts)
             hidden, written, _ = model(tokens, positions, placement, context, self.execution)
             assert written is not None
-            logits = model.logits(hidden[:, -1:], self.execution.kernels)
+            logits = model.logits(hidden[:, -1:], Compute(self.execution.kernels))
             return logits[:, 0].astype(jnp.float32), written.cache
 
         return jax.jit(forward, donate_argnums=2)
@@ -405,7 +411,7 @@ class Model:
             model = merge(self.abstract, params)
             hidden, _, _ = model(tokens, positions, placement, None, self.execution)
             hidden, _, _ = model.predict_next(hidden, following, positions, placement, None, self.execution)
-            return model.logits(hidden, self.execution.kernels).astype(jnp.float32)
+            return model.logits(hidden, Compute(self.execution.kernels)).astype(jnp.float32)
 
         return jax.jit(forward)
 
@@ -414,7 +420,7 @@ class Model:
         def forward(params: Any, placement: Any, tokens: Array, positions: Array) -> Logits:
             model = merge(self.abstract, params)
             hidden, _, _ = model(tokens, positions, placement, None, self.execution)
-            return model.logits(hidden, self.execution.kernels).astype(jnp.float32)
+            return model.logits(hidden, Compute(self.execution.kernels)).astype(jnp.float32)
 
         return jax.jit(forward)
 

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmoe.axes import Hidden, InUse, Layer, Logits, Positions, Tokens
+from jaxmoe.axes import Hidden, Layer, Logits, Positions, Tokens
 from jaxmoe.models.attention import RANK_ROWS, Attention, Place
 from jaxmoe.models.config import ModelConfig
 from jaxmoe.models.feed_forward import FeedForward
@@ -23,7 +23,7 @@ from jaxmoe.moe.experts import Experts
 from jaxmoe.moe.placement import Placement, choose_slots
 from jaxmoe.moe.routing import Routing
 from jaxmoe.moe.simulation import simulated_routing
-from jaxmoe.ops.linear import Kernels, linear, linear_transposed
+from jaxmoe.ops.linear import Compute, Kernels, linear, linear_transposed
 from jaxmoe.ops.norms import rms_norm
 from jaxmoe.sharding.mesh import RANKS
 from jaxmoe.sharding.rules import Rules
@@ -188,8 +188,7 @@ class Decoder(nnx.Module):
         Returns hidden states whose `logits` are of the token after next, from a layer with a cache of its own.
         """
         tokens, positions = jax.sharding.reshard((next_tokens, positions), (RANK_ROWS, RANK_ROWS))
-        in_use = context.in_use if context is not None else None
-        x = self.mtp.join(self._embed(tokens), hidden, self.config.norm_eps, execution.kernels, in_use)
+        x = self.mtp.join(self._embed(tokens), hidden, self.config.norm_eps, _compute(context, execution))
         last = self.config.layers
         x, context, routed = self._layer(x, positions, placement, self._place(last), last, context, execution)
         assert routed is not None
@@ -263,18 +262,17 @@ class Decoder(nnx.Module):
     ) -> tuple[Hidden, PagedContext | None, Routed | None]:
         """One layer of the kind that layer `number` has, with the arrays of `place`."""
         kind = self.config.all_kinds[number]
-        in_use = context.in_use if context is not None else None
-        routed = None
+        compute, routed = _compute(context, execution), None
         with jax.named_scope("layer"):
             normed = self._norm(x, self.attention_norm[place.layer])
-            attended, context = self.attention(normed, positions, kind, place, context, execution.kernels)
+            attended, context = self.attention(normed, positions, kind, place, context, compute)
             x = x + attended
             normed = self._norm(x, self.feed_forward_norm[place.layer])
             if kind.moe:
-                mixed, routed = self._mixture(normed, positions, place.feed_forward, placement, execution, in_use)
+                mixed, routed = self._mixture(normed, positions, place.feed_forward, placement, execution, compute)
                 x = x + mixed
             else:
-                x = x + self.dense(normed, place.feed_forward, execution.kernels, in_use)
+                x = x + self.dense(normed, place.feed_forward, compute)
         return x, context, routed
 
     def _mixture(
@@ -284,9 +282,9 @@ class Decoder(nnx.Module):
         layer: Layer,
         placement: Placement,
         execution: Execution,
-        in_use: InUse,
+        compute: Compute,
     ) -> tuple[Hidden, Routed]:
-        logits, experts, weights, slots = self._route(x, positions, layer, placement, execution.kernels, in_use)
+        logits, experts, weights, slots = self._route(x, positions, layer, placement, compute)
         mixed = mixture(
             x,
             slots,
@@ -300,29 +298,25 @@ class Decoder(nnx.Module):
             execution.kernels,
         )
         if self.config.shared_width:
-            mixed = mixed + self.shared(x, layer, execution.kernels, in_use)
+            mixed = mixed + self.shared(x, layer, compute)
         return mixed, Routed(logits, experts, slots)
 
-    def logits(self, hidden: Hidden, kernels: Kernels = "xla", in_use: InUse = None) -> Logits:
-        """Next-token logits in the dtype of `hidden`, the whole vocabulary on every device of a rank.
-
-        in_use: how many of each rank's rows are not padding, if that is known.
-        """
+    def logits(self, hidden: Hidden, compute: Compute = Compute()) -> Logits:  # noqa: B008 - frozen
+        """Next-token logits in the dtype of `hidden`, the whole vocabulary on every device of a rank."""
         tied = self.config.tie_embeddings
         table, partition = (self.embed, self.vocab_partition) if tied else (self.lm_head, self.head_partition)
 
-        def local(hidden: Array, table: Array, in_use: Array | None) -> Array:
+        def local(hidden: Array, table: Array, compute: Compute) -> Array:
             if tied:
-                part = linear_transposed(hidden, table, kernels)
+                part = linear_transposed(hidden, table, compute.kernels)
             else:
-                rows = None if in_use is None else in_use[0]
-                (part,) = linear(hidden, [table[None]], implementation=kernels, in_use=rows)
+                (part,) = linear(hidden, [table[None]], compute=compute.of_rank)
             return jax.lax.all_gather(part, "tp", axis=2, tiled=True) if "vocab" in self.rules.split else part
 
         with jax.named_scope("logits"):
-            of_use = None if in_use is None else P(RANKS)
-            run = jax.shard_map(local, in_specs=(RANK_ROWS, partition, of_use), out_specs=RANK_ROWS, check_vma=False)
-            return run(hidden, table[...], in_use)
+            in_specs = (RANK_ROWS, partition, P(RANKS))
+            run = jax.shard_map(local, in_specs=in_specs, out_specs=RANK_ROWS, check_vma=False)
+            return run(hidden, table[...], compute)
 
     def _embed(self, tokens: Tokens) -> Hidden:
         def local(tokens: Array, table: Array) -> Array:
@@ -342,7 +336,7 @@ class Decoder(nnx.Module):
         return rms_norm(x, weight, self.config.norm_eps)
 
     def _route(
-        self, x: Hidden, positions: Positions, layer: Layer, placement: Placement, kernels: Kernels, in_use: InUse
+        self, x: Hidden, positions: Positions, layer: Layer, placement: Placement, compute: Compute
     ) -> tuple[Array, ...]:
         def local(
             x: Array,
@@ -351,11 +345,10 @@ class Decoder(nnx.Module):
             router: Array,
             bias: Array | None,
             placement: Placement,
-            in_use: Array | None,
+            compute: Compute,
         ) -> tuple[Array, ...]:
             of_layer = None if bias is None else bias[layer]
-            rows = None if in_use is None else in_use[0]
-            (logits,) = linear(x[0].astype(router.dtype), [router], layer, kernels, rows)
+            (logits,) = linear(x[0].astype(router.dtype), [router], layer, compute.of_rank)
             valid = positions.reshape(-1) >= 0
             experts, weights = self.route(logits, of_layer, valid)
             if placement.simulated is not None:
@@ -367,12 +360,12 @@ class Decoder(nnx.Module):
         with jax.named_scope("route"):
             run = jax.shard_map(
                 local,
-                in_specs=(RANK_ROWS, RANK_ROWS, P(), P(), P(), P(), None if in_use is None else P(RANKS)),
+                in_specs=(RANK_ROWS, RANK_ROWS, P(), P(), P(), P(), P(RANKS)),
                 out_specs=(RANK_ROWS, RANK_ROWS, RANK_ROWS, RANK_ROWS),
                 check_vma=False,
             )
             bias = self.router_bias[...] if self.config.groups is not None else None
-            return run(x, positions, jnp.asarray(layer), self.router[...], bias, placement, in_use)
+            return run(x, positions, jnp.asarray(layer), self.router[...], bias, placement, compute)
 
 
 class NextTokens(nnx.Module):
@@ -390,21 +383,29 @@ class NextTokens(nnx.Module):
         self.project = nnx.Param(project, out_sharding=P())
 
     def join(
-        self, embedded: Hidden, hidden: Hidden, eps: float, kernels: Kernels = "xla", in_use: InUse = None
+        self,
+        embedded: Hidden,
+        hidden: Hidden,
+        eps: float,
+        compute: Compute = Compute(),  # noqa: B008 - frozen
     ) -> Hidden:
         """What goes into the layer."""
 
-        def local(normed: Array, project: Array, in_use: Array | None) -> Array:
-            return linear(normed, [project], 0, kernels, None if in_use is None else in_use[0])[0]
+        def local(normed: Array, project: Array, compute: Compute) -> Array:
+            return linear(normed, [project], 0, compute.of_rank)[0]
 
         normed = (rms_norm(embedded, self.embed_norm[0], eps), rms_norm(hidden, self.hidden_norm[0], eps))
         run = jax.shard_map(
             local,
-            in_specs=(RANK_ROWS, P(), None if in_use is None else P(RANKS)),
+            in_specs=(RANK_ROWS, P(), P(RANKS)),
             out_specs=RANK_ROWS,
             check_vma=False,
         )
-        return run(jnp.concatenate(normed, axis=-1), self.project[...], in_use)
+        return run(jnp.concatenate(normed, axis=-1), self.project[...], compute)
+
+
+def _compute(context: PagedContext | None, execution: Execution) -> Compute:
+    return Compute(execution.kernels, None if context is None else context.in_use)
 
 
 def merge(abstract: DecoderT, params: dict[str, Any]) -> DecoderT:

@@ -6,9 +6,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from jaxmoe.axes import Hidden, InUse, Layer
+from jaxmoe.axes import Hidden, Layer
 from jaxmoe.ops.grouped_mlp import gated_mlp
-from jaxmoe.ops.linear import Kernels
+from jaxmoe.ops.linear import Compute
 from jaxmoe.sharding.mesh import RANKS
 from jaxmoe.sharding.rules import Rules
 
@@ -40,18 +40,17 @@ class FeedForward(nnx.Module):
         self.gate_up = normal((layers, width, 2, inner), width**-0.5, self.gate_up_partition)
         self.down = normal((layers, inner, width), (2 * depth * inner) ** -0.5, self.down_partition)
 
-    def __call__(self, x: Hidden, layer: Layer, kernels: Kernels = "xla", in_use: InUse = None) -> Hidden:
-        def local(x: Array, layer: Array, gate_up: Array, down: Array, in_use: Array | None) -> Array:
-            rows = None if in_use is None else in_use[0]
-            out = gated_mlp(x[0], gate_up, down, layer, self.activation, kernels, rows)[None]
+    def __call__(self, x: Hidden, layer: Layer, compute: Compute = Compute()) -> Hidden:  # noqa: B008 - frozen
+        def local(x: Array, layer: Array, gate_up: Array, down: Array, compute: Compute) -> Array:
+            out = gated_mlp(x[0], gate_up, down, layer, self.activation, compute.of_rank)[None]
             return jax.lax.psum(out, "tp") if self.is_split else out
 
         ranks = P(RANKS, None, None)
         run = jax.shard_map(
             local,
-            in_specs=(ranks, P(), self.gate_up_partition, self.down_partition, None if in_use is None else P(RANKS)),
+            in_specs=(ranks, P(), self.gate_up_partition, self.down_partition, P(RANKS)),
             out_specs=ranks,
             check_vma=False,
         )
         with jax.named_scope("feed_forward"):
-            return run(x, jnp.asarray(layer), self.gate_up[...], self.down[...], in_use)
+            return run(x, jnp.asarray(layer), self.gate_up[...], self.down[...], compute)

@@ -16,7 +16,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from jaxmoe.axes import InUse
 from jaxmoe.models.config import ModelConfig
 from jaxmoe.ops.linear import TPU_LANES
 from jaxmoe.ops.paged_attention import Pieces
@@ -45,8 +44,8 @@ class PagedContext(NamedTuple):
     pieces: Pieces | None = None
 
     @property
-    def in_use(self) -> InUse:
-        """How many of a rank's rows are not padding, if those come last."""
+    def in_use(self) -> Int[Array, "R"] | None:
+        """How many of a rank's rows are not padding, if that comes last."""
         return None if self.pieces is None else self.pieces.begins[:, -1]
 
 

@@ -5,22 +5,17 @@ into the space of the latent and meets what is cached as it is, and the value is
 step then reads r + dr numbers a token and never makes per-head keys and values.
 """
 
-from typing import ClassVar, TypeAlias
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxmoe.axes import Layer
-from jaxmoe.models.attention import CachedAttention, Paging, Shapes, Weights
+from jaxmoe.models.attention import CachedAttention, Queries, Seen, Shapes, Weights
 from jaxmoe.models.config import LatentAttention as Dims
 from jaxmoe.models.config import LayerKind
-from jaxmoe.models.kv_cache import Pages
 from jaxmoe.ops import paged_attention
 from jaxmoe.ops.norms import rms_norm
-from jaxmoe.ops.paged_attention import Where
 from jaxmoe.ops.rope import cos_sin, rotate
-
-Queries: TypeAlias = tuple[Float[Array, "B T H dn"], Float[Array, "B T H dr"]]  # not rotated, and rotated
 
 NORM_EPS = 1e-6  # of the norms within attention, whatever the model's own is
 
@@ -78,16 +73,10 @@ class LatentAttention(CachedAttention):
                 shapes["query_a_bias"] = ((m.q_lora_rank,), 0.02)
         return shapes
 
-    def mix(
-        self,
-        x: Float[Array, "B T D"],
-        positions: Int[Array, "B T"],
-        kind: LayerKind,
-        weights: Weights,
-        cached: Layer,
-        paging: Paging | None,
-    ) -> tuple[Float[Array, "B T D"], Pages]:
-        """See CachedAttention."""
+    def project(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], kind: LayerKind, weights: Weights
+    ) -> tuple[Queries, tuple[Float[Array, "B T *_vector"], ...]]:
+        """See CachedAttention. Queries: what is not rotated [B, T, H, dn], and what is [B, T, H, dr]."""
         config, rank, nope = self.config, self.dims.kv_lora_rank, self.dims.nope_dim
         if self.dims.q_lora_rank is None:
             query, both = weights.project(x, "query", "latent")
@@ -99,69 +88,44 @@ class LatentAttention(CachedAttention):
         cos, sin = cos_sin(config.rope, config.head_dim, jnp.maximum(positions, 0), x.dtype)
         query_rope = rotate(query[..., nope:], cos, sin, config.rope_interleaved)
         key_rope = rotate(both[:, :, None, rank:], cos, sin, config.rope_interleaved)[:, :, 0]
-        entries = jnp.concatenate([latent, key_rope], axis=-1)
-        pages, where = self.cache((entries,), positions, cached, paging, weights.kernels)
-        (held,) = pages
-        queries = (query[..., :nope], query_rope)
-        if where.pieces is not None:
-            mixed = self._one_row(queries, positions, held, where, kind, weights)
-        elif absorbs(self.dims, x.shape[1], where.table.shape[1] * held.shape[2]):
-            mixed = self._absorbed(queries, positions, held, where, kind, weights)
-        else:
-            mixed = self._expanded(queries, positions, held, where, kind, weights)
-        return weights.join(mixed), pages if paging is not None else ()
+        return (query[..., :nope], query_rope), (jnp.concatenate([latent, key_rope], axis=-1),)
 
-    def _absorbed(
-        self,
-        queries: Queries,
-        positions: Int[Array, "B T"],
-        held: Array,
-        where: Where,
-        kind: LayerKind,
-        weights: Weights,
-    ) -> Float[Array, "B T H dv"]:
+    def attend(self, queries: Queries, seen: Seen, weights: Weights) -> Float[Array, "B T H dv"]:
+        """See CachedAttention."""
+        if seen.where.pieces is not None:
+            return self._one_row(queries, seen, weights)
+        keys = seen.where.table.shape[1] * seen.pages[0].shape[2]
+        way = self._absorbed if absorbs(self.dims, queries[0].shape[1], keys) else self._expanded
+        return way(queries, seen, weights)
+
+    def _absorbed(self, queries: Queries, seen: Seen, weights: Weights) -> Float[Array, "B T H dv"]:
         """Attention in the space of the latents."""
-        nope = self.dims.nope_dim
+        nope, rank = self.dims.nope_dim, self.dims.kv_lora_rank
         to_latent = weights.by_head(queries[0], "key_value", slice(nope), transposed=True)
         whole = jnp.concatenate([to_latent, queries[1]], axis=-1)
-        rank, scale = self.dims.kv_lora_rank, self.config.score_scale
-        mixed = paged_attention.attend(whole, positions, (held,), where, scale, kind.span, rank, weights.kernels)
+        mixed = seen.attend(whole, self.config.score_scale, rank, weights.compute.kernels)
         return weights.by_head(mixed, "key_value", slice(nope, None))
 
-    def _expanded(
-        self,
-        queries: Queries,
-        positions: Int[Array, "B T"],
-        held: Array,
-        where: Where,
-        kind: LayerKind,
-        weights: Weights,
-    ) -> Float[Array, "B T H dv"]:
+    def _expanded(self, queries: Queries, seen: Seen, weights: Weights) -> Float[Array, "B T H dv"]:
         """Attention over keys and values made of the latents."""
         return paged_attention.attend_latent(
-            jnp.concatenate(queries, axis=-1), positions, held, where, weights.stacks["key_value"], weights.layer,
-            self.config.score_scale, kind.span, self.dims.value_dim, weights.kernels,
+            jnp.concatenate(queries, axis=-1), seen.positions, seen.pages[0], seen.where,
+            weights.stacks["key_value"], weights.layer,
+            self.config.score_scale, seen.span, self.dims.value_dim, weights.compute.kernels,
         )  # fmt: skip
 
-    def _one_row(
-        self,
-        queries: Queries,
-        positions: Int[Array, "1 N"],
-        held: Array,
-        where: Where,
-        kind: LayerKind,
-        weights: Weights,
-    ) -> Float[Array, "1 N H dv"]:
+    def _one_row(self, queries: Queries, seen: Seen, weights: Weights) -> Float[Array, "1 N H dv"]:
         """All sequences' tokens in one row: those that decode absorbed, pieces of prompts not."""
-        pieces = where.pieces
+        positions, pieces = seen.positions, seen.where.pieces
         assert pieces is not None
         decoding, most = pieces.decoding, len(pieces.decoding)
         until = jnp.sum(decoding, dtype=jnp.int32)
-        own = where._replace(pieces=pieces._replace(begins=jnp.minimum(pieces.begins, until)))
+        own = seen.where._replace(pieces=pieces._replace(begins=jnp.minimum(pieces.begins, until)))
         at = jnp.where(decoding, positions[:, :most], -1)
-        mixed = self._absorbed((queries[0][:, :most], queries[1][:, :most]), at, held, own, kind, weights)
+        first = (queries[0][:, :most], queries[1][:, :most])
+        mixed = self._absorbed(first, seen._replace(positions=at, where=own), weights)
         in_pieces = positions.at[:, :most].set(jnp.where(decoding, -1, positions[:, :most]))
-        rest = self._expanded(queries, in_pieces, held, where, kind, weights)
+        rest = self._expanded(queries, seen._replace(positions=in_pieces), weights)
         return rest.at[:, :most].set(jnp.where(decoding[:, None, None], mixed, rest[:, :most]))
 
 

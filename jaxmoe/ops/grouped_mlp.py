@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxmoe.ops import native
 from jaxmoe.ops.gating import swiglu
-from jaxmoe.ops.linear import Kernels, of_layer
+from jaxmoe.ops.linear import Compute, of_layer
 from jaxmoe.ops.quantised import Quantised, Stack, pick, times
 
 Implementation = Literal["tiles", "native", "ragged_dot", "megablox"]
@@ -86,14 +86,13 @@ def gated_mlp(
     down: Float[Array, "L F D"],
     layer: int | Int[Array, ""],
     activation: str,
-    implementation: Kernels = "xla",
-    in_use: Int[Array, ""] | None = None,
+    compute: Compute = Compute(),  # noqa: B008 - frozen
 ) -> Float[Array, "N D"]:
-    """One MLP for all rows: the layer's of a stack. gate_up and down as in `grouped_mlp`; in_use as in `linear`."""
-    if implementation == "native":
+    """One MLP for all rows: the layer's of a stack. gate_up and down as in `grouped_mlp`."""
+    if compute.kernels == "native":
         slots = jnp.zeros((x.shape[0], 1), jnp.int32)
-        if in_use is not None:
-            slots = jnp.where(jnp.arange(x.shape[0])[:, None] < in_use, slots, -1)
+        if compute.in_use is not None:
+            slots = jnp.where(jnp.arange(x.shape[0])[:, None] < compute.in_use, slots, -1)
         ones = jnp.ones((x.shape[0], 1), jnp.float32)
         return native.grouped_mlp(x, slots, ones, gate_up, down, layer, activation, weigh_input=False)
     hidden = swiglu(jnp.tensordot(x, of_layer(gate_up, layer), 1), activation)

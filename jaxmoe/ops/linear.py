@@ -1,5 +1,7 @@
 """Rows times one layer's matrix of a stack. `implementation`: "xla", or "native" on a CPU (`ops/native.py`)."""
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -15,20 +17,36 @@ Kernels = Literal["xla", "native"]
 TPU_LANES = 128  # numbers side by side in a tile of a TPU's memory: a shorter last axis is padded, or not the last
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["in_use"], meta_fields=["kernels"])
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How linear layers are computed: by which kernels, and of how many rows.
+
+    in_use: how many of all rows, on each rank or on the one whose part this is, are not padding, which comes last; None
+        if that is not known. "native" spends nothing on the others, which are 0; "xla" computes all.
+    """
+
+    kernels: Kernels = "xla"
+    in_use: Int[Array, "*R"] | None = None
+
+    @property
+    def of_rank(self) -> "Compute":
+        """On the one rank whose part this is, inside of a shard_map over ranks."""
+        return self if self.in_use is None else dataclasses.replace(self, in_use=self.in_use[0])
+
+
 def linear(
     x: Float[Array, "*rows K"],
     stacks: Sequence[Float[Array, "_L K *_N"]],
     layer: int | Int[Array, ""] = 0,
-    implementation: Kernels = "xla",
-    in_use: Int[Array, ""] | None = None,
+    compute: Compute = Compute(),
 ) -> list[Array]:
     """x meets the layer's matrix of each stack: [*rows, *N] for each, in x's dtype, summed in float32.
 
     Stacks are indexed within, so that "native" copies no layer; and all of them in one call.
-    in_use: how many rows, of all of them flat, are not padding. "native" spends nothing on the others, which are 0.
     """
-    if implementation == "native":
-        return native.linear(x, stacks, layer, in_use)
+    if compute.kernels == "native":
+        return native.linear(x, stacks, layer, compute.in_use)
     return [jnp.tensordot(x, of_layer(stack, layer), 1) for stack in stacks]
 
 

@@ -13,7 +13,7 @@ from jaxmoe.errors import ConfigError
 from jaxmoe.ops import native, paged_attention
 from jaxmoe.ops.gating import ACTIVATIONS
 from jaxmoe.ops.grouped_mlp import gated_mlp, grouped_mlp
-from jaxmoe.ops.linear import linear, linear_by_head, linear_transposed
+from jaxmoe.ops.linear import Compute, linear, linear_by_head, linear_transposed
 from jaxmoe.ops.paged_attention import Where
 from jaxmoe.ops.sampling import greedy
 from jaxmoe.sharding.mesh import MeshSpec, make_mesh
@@ -33,6 +33,11 @@ def both(function, *args, **options):
     return [jax.tree.map(lambda array: np.asarray(array, np.float32), run[kind](*args)) for kind in run]
 
 
+def by(function):
+    """An op that is told of its kernels by `Compute`, for `both`."""
+    return lambda *args, implementation, **options: function(*args, compute=Compute(implementation), **options)
+
+
 def assert_alike(pair, dtype="float32"):
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=TOLERANCE[dtype]), *pair)
 
@@ -42,7 +47,21 @@ def assert_alike(pair, dtype="float32"):
 @pytest.mark.parametrize(("depth", "columns"), [(12, (5,)), (70, (3, 7)), (520, (4, 33))])
 def test_linear(rows, depth, columns, dtype):
     stacks = [normal((2, depth, *columns), dtype, seed, depth**-0.5) for seed in (1, 2)]
-    assert_alike(both(linear, normal((rows, depth), dtype), stacks, jnp.int32(LAYER)), dtype)
+    assert_alike(both(by(linear), normal((rows, depth), dtype), stacks, jnp.int32(LAYER)), dtype)
+
+
+@pytest.mark.parametrize("in_use", [0, 3, 50])
+def test_rows_of_padding_come_out_as_zeros_and_change_no_other(in_use):
+    x, stack = normal((50, 24)), normal((2, 24, 33), seed=1)
+    gate_up, down = normal((2, 24, 2, 37), seed=2, scale=0.4), normal((2, 37, 24), seed=3, scale=0.2)
+    some, every = Compute("native", jnp.int32(in_use)), Compute("native")
+    for run in (
+        lambda compute: linear(x, [stack], LAYER, compute)[0],
+        lambda compute: gated_mlp(x, gate_up, down, LAYER, "silu", compute),
+    ):
+        out = run(some)
+        np.testing.assert_array_equal(out[:in_use], run(every)[:in_use])
+        assert not out[in_use:].any()
 
 
 @pytest.mark.parametrize("rows", [1, 50])
@@ -63,7 +82,7 @@ def test_linear_by_head_and_its_transpose(rows, dtype):
 @pytest.mark.parametrize("rows", [1, 40])
 def test_a_gated_mlp_of_every_activation(activation, rows):
     gate_up, down = normal((2, 24, 2, 37), seed=1, scale=0.4), normal((2, 37, 24), seed=2, scale=0.2)
-    assert_alike(both(gated_mlp, normal((rows, 24)), gate_up, down, jnp.int32(LAYER), activation=activation))
+    assert_alike(both(by(gated_mlp), normal((rows, 24)), gate_up, down, jnp.int32(LAYER), activation=activation))
 
 
 @pytest.mark.parametrize("weigh_input", [False, True])
