@@ -13,6 +13,7 @@ from jaxmoe.cli import (
     add_model_arguments,
     add_profile_arguments,
     add_random_weights,
+    add_speculate_argument,
     engine_config,
     model_options,
     profile_folder,
@@ -32,6 +33,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m jaxmoe.bench", description=__doc__)
     add_model_arguments(parser)
     add_random_weights(parser)
+    add_speculate_argument(parser)
     parser.add_argument(
         "--phases",
         default=PHASES,
@@ -78,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     from jaxmoe.measuring.phases import Phase
 
     phases = [Phase.parse(text) for text in args.phases.split(",")]
-    config, folder = engine_config(args, warm_up=args.compiled), profile_folder(args)
+    config, folder = engine_config(args, warm_up=args.compiled, speculate=args.speculate), profile_folder(args)
     use_compile_cache(args.compile_cache)
     progress = StartProgress()
     model = load(args.model, random_weights=args.random_weights, progress=progress, **model_options(args))
@@ -123,7 +125,14 @@ def profile_phases(args: argparse.Namespace, engine: "Engine", phases: "list[Pha
         if machine:
             found.append(
                 floors.floor_of(
-                    engine.model, machine, timed[-1], recorded, where, args.page_size, args.redundant_experts
+                    engine.model,
+                    machine,
+                    timed[-1],
+                    recorded,
+                    where,
+                    args.page_size,
+                    args.redundant_experts,
+                    args.speculate,
                 )
             )
         if args.profile:

@@ -23,13 +23,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_layout_arguments(parser)
     parser.add_argument(
-        "--expert-weights",
-        default="same",
-        choices=("same", "bfloat16", "int8", "float8"),
-        help="what experts' weights are kept in; 8 bits have a scale for every output channel of every expert "
-        "(default: the dtype that is computed in)",
-    )
-    parser.add_argument(
         "--placement", metavar="FILE", help="which slot holds which expert at the start, as an engine saved it"
     )
     parser.add_argument(
@@ -113,6 +106,14 @@ def add_limit_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--page-size", type=int, default=limits.page_size, help="tokens of a KV page (%(default)s)")
     parser.add_argument("--kv-pages", type=int, help="KV pages of a rank (default: from memory, full batch at most)")
+
+
+def add_speculate_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--speculate",
+        choices=("mtp",),
+        help="have the checkpoint's layer for multi-token prediction draft a token a step; answers stay the same",
+    )
 
 
 def add_rebalance_arguments(parser: argparse.ArgumentParser) -> None:
@@ -228,6 +229,13 @@ def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
         help="how tokens meet their experts; auto takes the cheapest for each program (default: %(default)s)",
     )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="to compute in")
+    parser.add_argument(
+        "--expert-weights",
+        default="same",
+        choices=("same", "bfloat16", "int8", "float8"),
+        help="what experts' weights are kept in; 8 bits have a scale for every output channel of every expert "
+        "(default: the dtype that is computed in)",
+    )
 
 
 def model_options(args: argparse.Namespace) -> dict[str, Any]:

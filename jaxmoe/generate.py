@@ -13,6 +13,7 @@ from jaxmoe.cli import (
     access_options,
     add_access_arguments,
     add_model_arguments,
+    add_speculate_argument,
     model_options,
     use_compile_cache,
 )
@@ -42,11 +43,11 @@ class Source(Protocol):
 class InProcess:
     """An engine of our own, which compiles a program when a step first needs it."""
 
-    def __init__(self, model: str | None, options: dict[str, Any]) -> None:
-        """options: of `jaxmoe.load`."""
+    def __init__(self, model: str | None, options: dict[str, Any], speculate: str | None = None) -> None:
+        """options: of `jaxmoe.load`. speculate: of `EngineConfig`."""
         progress = StartProgress()
         loaded = jaxmoe.load(model, **options, progress=progress)
-        self._engine = jaxmoe.Engine(loaded, jaxmoe.EngineConfig(warm_up=False), progress)
+        self._engine = jaxmoe.Engine(loaded, jaxmoe.EngineConfig(warm_up=False, speculate=speculate), progress)
         self.max_context = self._engine.max_context
         self.recommended_sampling: Mapping[str, float] = loaded.recommended_sampling
         self.tokenizer = loaded.tokenizer
@@ -97,6 +98,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add_access_arguments(parser)
     add_model_arguments(parser)
+    add_speculate_argument(parser)
     how = parser.add_argument_group("how tokens are chosen")
     how.add_argument("--max-tokens", type=int, default=256, metavar="N", help="length of an answer (default: 256)")
     how.add_argument(
@@ -109,9 +111,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.text is None and not options.chat:
         parser.error("give a text to continue, or --chat")
-    chosen_there = [name for name in ("model", "mesh", "dtype") if getattr(options, name) != parser.get_default(name)]
-    if options.server and chosen_there:
-        parser.error("--model, --mesh and --dtype are the server's to choose; leave them out with --server")
+    of_server = ("model", "mesh", "dtype", "speculate")
+    if options.server and any(getattr(options, name) != parser.get_default(name) for name in of_server):
+        parser.error(
+            "--model, --mesh, --dtype and --speculate are the server's to choose; leave them out with --server"
+        )
     return options
 
 
@@ -133,7 +137,7 @@ def _source(options: argparse.Namespace) -> Iterator[Source]:
             yield client
     else:  # only now is jax loaded
         use_compile_cache(options.compile_cache)
-        yield InProcess(options.model, model_options(options))
+        yield InProcess(options.model, model_options(options), options.speculate)
 
 
 def _chat(source: Source, params: SamplingParams, stop: Sequence[str], first: str | None) -> None:

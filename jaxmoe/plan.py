@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxmoe.cli import add_layout_arguments
+from jaxmoe.cli import add_layout_arguments, add_rebalance_arguments, add_speculate_argument, rebalance_config
 from jaxmoe.engine.config import EngineConfig
 from jaxmoe.errors import CheckpointError, JaxmoeError
 
@@ -34,18 +34,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     limits = EngineConfig()
     parser.add_argument(
-        "--batch", type=int, default=limits.max_batch, help="sequences decoding at once on a rank (%(default)s)"
+        "--batch",
+        "--max-batch",
+        type=int,
+        default=limits.max_batch,
+        help="sequences decoding at once on a rank (%(default)s)",
     )
     parser.add_argument(
-        "--context", type=int, default=CONTEXT, help="tokens of every sequence, prompt and answer (%(default)s)"
+        "--context",
+        "--max-context",
+        type=int,
+        default=CONTEXT,
+        help="tokens of every sequence, prompt and answer (%(default)s)",
     )
     parser.add_argument(
         "--prefill-tokens",
+        "--max-prefill-tokens",
         type=int,
         default=limits.max_prefill_tokens,
         help="prompt tokens a step on a rank (%(default)s)",
     )
     parser.add_argument("--page-size", type=int, default=limits.page_size, help="tokens of a KV page (%(default)s)")
+    add_speculate_argument(parser)
+    add_rebalance_arguments(parser)
     parser.add_argument("--json", action="store_true", help="the same figures for machines, in bytes and seconds")
     parser.add_argument(
         "--aot",
@@ -84,13 +95,15 @@ def run(args: argparse.Namespace) -> int:
     chip, topology = parse_slice(args.aot) if args.aot else ("", "")
     device = device_named(args.device or chip or "h100")
     plan = Deployment(
-        Subject.read(args.model, read_model(args.model), args.dtype),
+        Subject.read(args.model, read_model(args.model), args.dtype, args.expert_weights),
         MeshSpec.parse(args.mesh, args.expert_axes),
         EngineConfig(
             page_size=args.page_size,
             max_batch=args.batch,
             max_context=args.context,
             max_prefill_tokens=args.prefill_tokens,
+            rebalance=rebalance_config(args),
+            speculate=args.speculate,
         ),
         Execution(strategy=args.dispatch, platform=device.platform),
         args.redundant_experts,

@@ -13,6 +13,7 @@ from jaxmoe.cli import (
     add_profile_arguments,
     add_random_weights,
     add_rebalance_arguments,
+    add_speculate_argument,
     engine_config,
     model_options,
     profile_folder,
@@ -53,11 +54,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--drain-timeout", type=float, default=30.0, help="seconds to finish after SIGTERM (%(default)s)"
     )
-    parser.add_argument(
-        "--speculate",
-        choices=("mtp",),
-        help="have the checkpoint's layer for multi-token prediction draft a token a step; answers stay the same",
-    )
+    add_speculate_argument(parser)
     add_rebalance_arguments(parser)
     parser.add_argument(
         "--record-routing", metavar="FILE", help="write the experts of the first tokens there at the end, to replay"

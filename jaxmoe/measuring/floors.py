@@ -23,6 +23,7 @@ _PARTS_OF = {
     "feed-forward": ("shared experts", "dense feed-forward"),
     "dispatch": ("router",),
     "lm_head": ("embedding, lm_head",),
+    "other": ("norms", "mtp"),
 }
 
 
@@ -81,21 +82,25 @@ def floor_of(
     found: Breakdown,
     page_size: int,
     redundant_experts: int = 0,
+    speculate: str | None = None,
 ) -> Floor:
     """Weights are read once, but of experts only those that routing is expected to choose; each key and value once.
 
+    redundant_experts: as `Model` was given them. speculate: as the engine was configured.
     A prefill is taken as one pass over the prompt, whatever it is split into.
     """
     phase, devices = timed.phase, model.mesh_spec.num_devices
-    batch, tokens = (1, phase.size) if phase.kind == "prefill" else (phase.size, 1)
+    drafts = 1 if speculate and phase.kind == "decode" else 0
+    batch, tokens = (1, phase.size) if phase.kind == "prefill" else (phase.size, 1 + drafts)
     plan = Deployment(
-        Subject(model.name, type(model.abstract), model.config, model.dtype),
+        Subject(model.name, type(model.abstract), model.config, model.dtype, model.expert_dtype),
         model.mesh_spec,
-        EngineConfig(page_size=page_size, max_batch=batch, max_context=timed.context),
+        EngineConfig(page_size=page_size, max_batch=batch, max_context=timed.context, speculate=speculate),
         model.execution,
         redundant_experts,
     )
-    step = step_time(plan, StepShape(batch, tokens, -(-timed.context // page_size)), machine.device(devices))
+    shape = StepShape(batch, tokens, -(-timed.context // page_size), drafts=drafts)
+    step = step_time(plan, shape, machine.device(devices))
     parts = dict.fromkeys(PARTS, Needed(0.0, 0.0, 0.0))
     for name, of_plan in _PARTS_OF.items():
         chosen = [part for part in step.parts if part.name in of_plan]
@@ -104,8 +109,6 @@ def floor_of(
             sum(part.flops for part in chosen) * devices,
             sum(map(step.of_part, chosen)),
         )
-    norms = [part for part in step.parts if part.name == "norms"]
-    parts["other"] = Needed(sum(part.bytes for part in norms) * devices, 0.0, sum(map(step.of_part, norms)))
     return Floor(timed, recorded, step, parts, found)
 
 

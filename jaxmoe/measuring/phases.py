@@ -34,13 +34,14 @@ class Phase(NamedTuple):
 class Timed(NamedTuple):
     """What was measured of a phase on all ranks together.
 
-    seconds: of each prefill, over all its steps, or of each decode step. tokens: that each of them advances by.
+    seconds: of each prefill, over all its steps, or of each decode step. tokens: that each of them advances by, on
+        average where steps draft.
     context: tokens of every sequence, on average over the measured steps.
     """
 
     phase: Phase
     seconds: tuple[float, ...]
-    tokens: int
+    tokens: float
     context: int
 
 
@@ -101,9 +102,10 @@ class Driver:
         self, phase: Phase, context: int, times: int, around: Around, recorded: AbstractContextManager[object]
     ) -> Timed:
         chunk, together = self._engine.config.max_prefill_tokens, self._engine.config.max_prefill_sequences
-        room = context - 1 - STEPS_BEFORE - times - phase.size // together - 2
+        most = self._engine.config.decode_tokens
+        room = context - 1 - most * (STEPS_BEFORE + times + phase.size // together + 2)
         # Sequences decode while others are still prefilled, about one step for every chunk.
-        prompt = room * chunk // (chunk + phase.size)
+        prompt = room * chunk // (chunk + most * phase.size)
         if prompt < 1:
             raise ConfigError(f"context={context} is too short for {times} steps of {phase}; use {context - room + 64}")
         lengths = dict.fromkeys(self._submit(phase.size, prompt, None), prompt)
@@ -121,6 +123,7 @@ class Driver:
             with recorded:
                 for _ in range(STEPS_BEFORE):
                     step()
+                before = sum(lengths.values())
                 for number in range(times):
                     with around(number):
                         seconds.append(step())
@@ -128,8 +131,8 @@ class Driver:
             for request_id in lengths:
                 self._engine.cancel(request_id)
             self._finish()
-        mean = sum(lengths.values()) / len(lengths) - times / 2
-        return Timed(phase, tuple(seconds), len(lengths), round(mean))
+        after = sum(lengths.values())
+        return Timed(phase, tuple(seconds), (after - before) / times, round((before + after) / 2 / len(lengths)))
 
     def _submit(self, each: int, prompt: int, max_tokens: int | None) -> list[str]:
         """As many requests on every rank; their names."""

@@ -70,15 +70,21 @@ def count_parameters(family: type[Decoder], config: ModelConfig) -> ParameterCou
     return ParameterCount(total, total - idle, embedding, mtp)
 
 
-def list_parameters(family: type[Decoder], config: ModelConfig, dtype: jnp.dtype) -> dict[str, Parameter]:
-    """Every parameter by its dotted path, as the module itself makes them: no array, no device, any size."""
+def list_parameters(
+    family: type[Decoder], config: ModelConfig, dtype: jnp.dtype, expert_dtype: jnp.dtype | None = None
+) -> dict[str, Parameter]:
+    """Every parameter by its dotted path, as the module itself makes them: no array, no device, any size.
+
+    expert_dtype: what experts' weights are kept in, if not in `dtype`.
+    """
     axes = ("ranks", "slots", *SPLIT_BY_TP)
     mesh = AbstractMesh((1,) * len(axes), axes, axis_types=(AxisType.Explicit,) * len(axes))
     with jax.sharding.use_abstract_mesh(mesh):
-        abstract = nnx.eval_shape(lambda: family(config, config.experts, dtype, nnx.Rngs(0), _Meanings()))
+        abstract = nnx.eval_shape(lambda: family(config, config.experts, dtype, nnx.Rngs(0), _Meanings(), expert_dtype))
     found = {}
     for path, leaf in flat(nnx.to_pure_dict(nnx.state(abstract))):
-        key, layers = family.keys[path], None
+        # Scales of experts in 8 bits are in no checkpoint, and lie beside their stack.
+        key, layers = family.keys[path.removesuffix("_scale")], None
         if key.per_layer:
             stack = config.stacks[key.stack]
             further = sum(layer >= config.layers for layer in stack)

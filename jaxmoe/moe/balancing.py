@@ -144,7 +144,7 @@ def plan(
     """
     layers, slots = present.shape
     experts = loads.shape[1]
-    _check_room(experts, slots, devices, copies_at_least)
+    check_room(experts, slots, devices, copies_at_least)
     planned = present.copy()
     for layer in range(layers):
         of_layer = loads[layer].astype(np.float64)
@@ -161,7 +161,7 @@ def plan(
     return planned
 
 
-def _check_room(experts: int, slots: int, devices: int, least: int) -> None:
+def check_room(experts: int, slots: int, devices: int, least: int) -> None:
     if least < 1 or least > devices:
         raise ConfigError(f"{least} devices cannot hold each expert: there are {devices} devices of one copy")
     if slots < least * experts:

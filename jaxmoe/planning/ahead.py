@@ -37,7 +37,9 @@ class Unloaded:
         self.execution: Execution = plan.execution
         family, config, dtype = plan.subject.family, plan.config, plan.subject.dtype
         with jax.set_mesh(mesh):
-            self.abstract: Decoder = nnx.eval_shape(lambda: family(config, plan.slots, dtype, nnx.Rngs(0), plan.rules))
+            self.abstract: Decoder = nnx.eval_shape(
+                lambda: family(config, plan.slots, dtype, nnx.Rngs(0), plan.rules, plan.subject.expert_dtype)
+            )
         self.params: Any = jax.tree.map(self._on_mesh, nnx.to_pure_dict(nnx.state(self.abstract)))
         placement = initial_placement(len(config.stacks["moe"]), config.experts, plan.slots)
         self.placement: Any = jax.tree.map(lambda array: self._struct(array.shape, array.dtype, P()), placement)
@@ -54,7 +56,7 @@ def unloaded_steps(plan: Deployment, mesh: Mesh) -> Executables:
     model = Unloaded(plan, mesh)
     pages = tuple(count * plan.limits.max_batch for count in pages_of_a_sequence(plan))
     cache = cache_shapes(plan.config, mesh, plan.rules, pages, plan.limits.page_size, plan.subject.dtype)
-    return Executables(model, cache, plan.packing)
+    return Executables(model, cache, plan.packing, plan.limits.speculate is not None)
 
 
 Collectives: TypeAlias = dict[tuple[str, tuple[str, ...]], tuple[int, int]]

@@ -27,11 +27,15 @@ class Exchange(NamedTuple):
     sent: int
 
 
-def exchanges(deployment: Deployment, shape: StepShape) -> list[Exchange]:
-    """Of the program of this shape, with one round of every exchange, which is what balanced routing takes."""
+def exchanges(deployment: Deployment, shape: StepShape, drafts: bool = False) -> list[Exchange]:
+    """Of the program of this shape, with one round of every exchange, which is what balanced routing takes.
+
+    drafts: of the program that drafts after it instead.
+    """
     config, rules, spec = deployment.config, deployment.rules, deployment.spec
-    mixtures, dense = (sum(kind.moe == moe for kind in config.kinds) for moe in (True, False))
-    of_tokens = shape.batch * shape.tokens * config.width * deployment.itemsize
+    kinds = deployment.kinds(drafts)
+    mixtures, dense = (sum(kind.moe == moe for kind in kinds) for moe in (True, False))
+    of_tokens = shape.rows * config.width * deployment.itemsize
     found = []
 
     def sums(what: str, meaning: str, count: int) -> None:
@@ -40,15 +44,15 @@ def exchanges(deployment: Deployment, shape: StepShape) -> list[Exchange]:
             found.append(Exchange(what, "all-reduce", ("tp",), count, of_tokens, sent))
 
     sums("embedding", "vocab", 1)
-    sums("attention", "heads", config.layers)
+    sums("attention", "heads", len(kinds))
     sums("dense feed-forward", "dense_width", dense)
     if mixtures and spec.expert_devices > 1:
         found += _of_mixture(deployment, shape, mixtures)
     sums("experts", "expert_width", mixtures)
-    if config.shared_width:
+    if config.shared_width and mixtures:
         sums("shared experts", "shared_width", mixtures)
     if "vocab" in rules.split:
-        logits = shape.batch * config.vocab_size * deployment.itemsize
+        logits = (shape.batch if drafts else shape.draws) * config.vocab_size * deployment.itemsize
         found.append(Exchange("logits", "all-gather", ("tp",), 1, logits, logits * (spec.tp - 1) // spec.tp))
     return found
 
@@ -91,9 +95,11 @@ def _of_oracle(deployment: Deployment, axes: tuple[str, ...], count: int) -> lis
     parameters = deployment.subject.parameters
     found = []
     over = axes + (("tp",) if "expert_width" in deployment.rules.split else ())
-    for name in ("experts.gate_up", "experts.down"):
-        _, _, *of_slot = parameters[name].shape
-        whole = math.prod(of_slot) * deployment.slots * deployment.itemsize
-        held = math.prod(parameters[name].shard_shape(deployment.rules, deployment.slots)[1:]) * deployment.itemsize
+    for path, parameter in parameters.items():
+        if not path.startswith("experts."):
+            continue
+        _, _, *of_slot = parameter.shape
+        whole = math.prod(of_slot) * deployment.slots * parameter.dtype.itemsize
+        held = math.prod(parameter.shard_shape(deployment.rules, deployment.slots)[1:]) * parameter.dtype.itemsize
         found.append(Exchange("weights of all experts", "all-gather", over, count, whole, whole - held))
     return found

@@ -8,12 +8,14 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxmoe.engine.batch import Grid, Packing, StepShape
-from jaxmoe.engine.config import EngineConfig
+from jaxmoe.engine.config import EngineConfig, Rebalance
+from jaxmoe.engine.model import EXPERT_WEIGHTS
 from jaxmoe.errors import ConfigError
-from jaxmoe.models.config import ModelConfig, rules_for, split_sizes
+from jaxmoe.models.config import LayerKind, ModelConfig, rules_for, split_sizes
 from jaxmoe.models.decoder import Decoder, Execution
 from jaxmoe.models.parameters import Parameter, ParameterCount, count_parameters, list_parameters
 from jaxmoe.models.registry import family_of
+from jaxmoe.moe.balancing import check_room
 from jaxmoe.moe.strategy import Mixture, Strategy, choose
 from jaxmoe.sharding.mesh import MeshSpec, slots_for
 from jaxmoe.sharding.rules import Rules
@@ -21,22 +23,28 @@ from jaxmoe.sharding.rules import Rules
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A model by name, before it lies anywhere. dtype: what it computes in, and what its weights and KV are kept in."""
+    """A model by name, before it lies anywhere.
+
+    dtype: what it computes in, and what its weights and KV are kept in. expert_dtype: what the experts' are, if not in
+        that.
+    """
 
     name: str
     family: type[Decoder]
     config: ModelConfig
     dtype: jnp.dtype
+    expert_dtype: jnp.dtype | None = None
 
     @classmethod
-    def read(cls, name: str, hf: Mapping[str, Any], dtype: str) -> "Subject":
-        """hf: `config.json`. Raises CheckpointError."""
-        family = family_of(hf)
-        return cls(name, family, family.read_config(hf), jnp.dtype(dtype))
+    def read(cls, name: str, hf: Mapping[str, Any], dtype: str, expert_weights: str = "same") -> "Subject":
+        """hf: `config.json`. expert_weights: as `Model` takes it. Raises CheckpointError."""
+        family, kept = family_of(hf), EXPERT_WEIGHTS[expert_weights]
+        config = family.read_config(hf)
+        return cls(name, family, config, jnp.dtype(dtype), jnp.dtype(kept) if kept and config.stacks["moe"] else None)
 
     @functools.cached_property
     def parameters(self) -> dict[str, Parameter]:
-        return list_parameters(self.family, self.config, self.dtype)
+        return list_parameters(self.family, self.config, self.dtype, self.expert_dtype)
 
     @functools.cached_property
     def count(self) -> ParameterCount:
@@ -47,7 +55,8 @@ class Subject:
 class Deployment:
     """A model on a mesh. limits: per attention rank; `max_context` is what every sequence is taken to have.
 
-    Raises MeshError if `tp` divides nothing, ConfigError if the context is beyond the model.
+    Raises MeshError if `tp` divides nothing, ConfigError for what a server would refuse too: a context beyond the
+    model, drafts without a layer for them, experts to be moved that there are not, or not slots enough for.
     """
 
     subject: Subject
@@ -62,7 +71,19 @@ class Deployment:
             raise ConfigError(f"context={self.context} is beyond the model's {most} positions; use at most {most}")
         if self.redundant_experts < 0:
             raise ConfigError(f"redundant_experts={self.redundant_experts} must not be negative")
+        if self.limits.speculate and not self.config.mtp_layers:
+            raise ConfigError(
+                f"speculate={self.limits.speculate!r} needs a layer for multi-token prediction, which "
+                f"{self.subject.name} does not have; leave it out"
+            )
+        if self.limits.rebalance:
+            self._check_rebalance(self.limits.rebalance)
         assert self.rules.spec == self.spec
+
+    def _check_rebalance(self, rebalance: Rebalance) -> None:
+        if not self.config.stacks["moe"]:
+            raise ConfigError(f"{self.subject.name} has no experts to move")
+        check_room(self.config.experts, self.slots, self.spec.expert_devices, rebalance.devices_at_least)
 
     @property
     def config(self) -> ModelConfig:
@@ -105,18 +126,22 @@ class Deployment:
 
     @property
     def decode(self) -> StepShape:
-        """A full batch, all at full context."""
-        return max(shape for shape in self.shapes if shape.tokens == 1)
+        """A full batch, all at full context, with a draft each where steps draft."""
+        return max(shape for shape in self.shapes if shape.decodes)
 
     @property
     def prefill(self) -> StepShape:
         """As much of one prompt as a step takes, at its end."""
-        return max((shape for shape in self.shapes), key=lambda shape: (shape.tokens, shape.pages))
+        return max((shape for shape in self.shapes if not shape.decodes), key=lambda shape: (shape.tokens, shape.pages))
+
+    def kinds(self, drafts: bool) -> tuple[LayerKind, ...]:
+        """Of the layers that a forward pass goes through, or drafting after it."""
+        return self.config.all_kinds[self.config.layers :][:1] if drafts else self.config.kinds
 
     def mixture(self, shape: StepShape) -> Mixture:
         """Of each mixture layer in the program of this shape."""
         return Mixture(
-            shape.batch * shape.tokens,
+            shape.rows,
             self.config.width,
             self.config.experts_per_token,
             self.spec.expert_devices,

@@ -1,6 +1,6 @@
-"""Bytes of a device: weights by kind, KV pages, and what the largest step needs beside them.
+"""Bytes of a device: weights by kind, KV pages, room to move experts, and what the largest step needs beside them.
 
-Weights and pages are counted exactly, from the axes that the modules and the cache give their arrays. The workspace is
+All but the last are counted exactly, from the axes that the modules and the cache give their arrays. The workspace is
 an estimate: the largest of a layer's parts, as XLA lays them out.
 """
 
@@ -15,6 +15,7 @@ from jaxmoe.engine.pages import pages_reached
 from jaxmoe.models.config import ModelConfig
 from jaxmoe.models.kv_cache import bytes_per_page, cache_vectors
 from jaxmoe.models.latent_attention import absorbs
+from jaxmoe.models.parameters import Parameter
 from jaxmoe.models.segments import segments
 from jaxmoe.ops.grouped_mlp import implementation_for
 from jaxmoe.planning.deployment import Deployment
@@ -39,11 +40,44 @@ def weight_bytes(deployment: Deployment) -> dict[str, int]:
     """Bytes of weights on each device by kind; of a layer that predicts a token more, all are "mtp"."""
     total = dict.fromkeys(KINDS, 0)
     for path, parameter in deployment.subject.parameters.items():
-        size = math.prod(parameter.shard_shape(deployment.rules, deployment.slots)) * parameter.dtype.itemsize
+        size = _held(deployment, parameter)
         own, further = parameter.layers or (1, 0)
         total[kind_of(path)] += size // (own + further) * own
         total["mtp"] += size // (own + further) * further
     return total
+
+
+def loading_bytes(deployment: Deployment) -> int:
+    """Bytes of weights on each device at the worst moment of a start: experts arrive in the dtype that is computed in,
+    and are put in the one that they are kept in stack by stack, in order of their names."""
+    subject, kept = deployment.subject, sum(weight_bytes(deployment).values())
+    if subject.expert_dtype is None:
+        return kept
+    whole = dataclasses.replace(subject, expert_dtype=None)
+    now = most = sum(weight_bytes(dataclasses.replace(deployment, subject=whole)).values())
+    for path in sorted(path for path in whole.parameters if kind_of(path) == "experts"):
+        replaced = [name for name in subject.parameters if name.removesuffix("_scale") == path]
+        now += sum(_held(deployment, subject.parameters[name]) for name in replaced)
+        most = max(most, now)
+        now -= _held(deployment, whole.parameters[path])
+    return most
+
+
+def _held(deployment: Deployment, parameter: Parameter) -> int:
+    """Bytes of a parameter on each device."""
+    return math.prod(parameter.shard_shape(deployment.rules, deployment.slots)) * parameter.dtype.itemsize
+
+
+def moving_bytes(deployment: Deployment) -> int:
+    """Bytes on each device that a mover of experts keeps: one layer's stacks, and one slot that is on its way."""
+    if deployment.limits.rebalance is None:
+        return 0
+    layer = sum(
+        _held(deployment, parameter) // parameter.shape[0]
+        for path, parameter in deployment.subject.parameters.items()
+        if kind_of(path) == "experts"
+    )
+    return layer + layer // (deployment.slots // deployment.spec.expert_devices)
 
 
 def pages_of_a_sequence(deployment: Deployment) -> list[int]:
@@ -88,34 +122,41 @@ class Workspace(NamedTuple):
 def workspace(deployment: Deployment, shape: StepShape) -> Workspace:
     """Of the program of this shape, beside weights and pages."""
     config, itemsize = deployment.config, deployment.itemsize
-    tokens, mixtures = shape.batch * shape.tokens, len(config.stacks["moe"])
+    tokens, mixtures = shape.rows, len(config.stacks["moe"])
     replicas = config.experts * (deployment.slots - config.experts + 2) + deployment.slots
     packed = deployment.packing.words(shape)
-    # Placement and the packed batch; the hidden state, a normed copy and a sum.
-    arguments = FLOAT32 * (mixtures * replicas + packed) + 3 * tokens * config.width * itemsize
+    # Placement and the packed batch; the hidden state, a normed copy and a sum; and what drafting goes on from.
+    states = 4 if deployment.limits.speculate else 3
+    arguments = FLOAT32 * (mixtures * replicas + packed) + states * tokens * config.width * itemsize
     vocab = config.vocab_size
     return Workspace(
         arguments,
         _sliced(deployment),
         max(_attention(deployment, shape, span) for span in config.spans),
         max(_experts(deployment, shape) if mixtures else 0, _dense(deployment, shape)),
-        shape.batch * (vocab * (itemsize + FLOAT32) + config.width * itemsize),
+        shape.draws * (vocab * (itemsize + FLOAT32) + config.width * itemsize),
     )
 
 
 def _sliced(deployment: Deployment) -> int:
-    """Of all layers but experts, which are read in place, except by a GPU's `ragged_dot`.
+    """Of all layers but experts, which are read in place, except by a GPU's `ragged_dot`, and in other than the dtype
+    that is computed in: one layer's are then put in that before they are multiplied by, but by tiles of a CPU.
 
     A scan slices one period of layers at a time; of layers that are written out XLA slices all as soon as it can.
     """
     config, of_layer = deployment.config, {True: 0, False: 0}
+    implementation = implementation_for(deployment.execution.platform)
     for path, parameter in deployment.subject.parameters.items():
         kind = kind_of(path)
         if parameter.layers is None or kind in ("norms", "mtp"):
             continue
-        if kind == "experts" and implementation_for(deployment.execution.platform) != "ragged_dot":
-            continue
-        size = math.prod(parameter.shard_shape(deployment.rules, deployment.slots)[1:]) * parameter.dtype.itemsize
+        itemsize = parameter.dtype.itemsize
+        if kind == "experts":
+            converted = parameter.dtype != deployment.subject.dtype and implementation != "tiles"
+            if implementation != "ragged_dot" and not converted:
+                continue
+            itemsize = max(itemsize, deployment.itemsize)
+        size = math.prod(parameter.shard_shape(deployment.rules, deployment.slots)[1:]) * itemsize
         for moe in of_layer:
             if kind == "attention" or moe == (kind != "dense feed-forward"):
                 of_layer[moe] += size
@@ -138,7 +179,7 @@ def _attention(deployment: Deployment, shape: StepShape, span: Span) -> int:
     """Gathered keys and values, scores and their softmax in float32, queries and outputs; and the mask."""
     config, rules = deployment.config, deployment.rules
     heads, keys = config.heads // rules.parts("heads"), _keys(deployment, shape, span)
-    tokens, every_key = shape.batch * shape.tokens, shape.batch * keys
+    tokens, every_key = shape.rows, shape.batch * keys
     scores = tokens * heads * keys
     numbers = tokens * heads * 2 * _head_dim(config)
     if (dims := config.latent) is None:
@@ -190,21 +231,24 @@ def _dense(deployment: Deployment, shape: StepShape) -> int:
     config, rules = deployment.config, deployment.rules
     widths = [config.shared_width // rules.parts("shared_width")] if config.stacks["moe"] else []
     widths += [config.dense_width // rules.parts("dense_width")] if config.stacks["dense"] else []
-    return shape.batch * shape.tokens * 3 * max(widths, default=0) * deployment.itemsize
+    return shape.rows * 3 * max(widths, default=0) * deployment.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
     """How the memory of each device is used. All in bytes.
 
-    limit: what can be used. weights: by kind. sequence: KV pages of one sequence at full context. kv: of a full batch.
+    limit: what can be used. weights: by kind. loading: weights at the worst moment of a start, before there are pages.
+    sequence: KV pages of one sequence at full context. kv: of a full batch. moving: room to move experts.
     workspace: of the largest step. capacity: KV pages that the server would make, for as many sequences as there are.
     """
 
     limit: int
     weights: dict[str, int]
+    loading: int
     sequence: int
     kv: int
+    moving: int
     workspace: Workspace
     largest: StepShape
 
@@ -214,17 +258,18 @@ class Memory:
 
     @property
     def needed(self) -> int:
-        return self.all_weights + self.kv + self.workspace.total
+        """While it serves."""
+        return self.all_weights + self.kv + self.moving + self.workspace.total
 
     @property
     def fits(self) -> bool:
-        return self.needed <= self.limit
+        return max(self.needed, self.loading) <= self.limit
 
     @functools.cached_property
     def kv_capacity(self) -> int:
         """What KV pages can take: the engine leaves a share of what the weights leave to temporaries, or more."""
         left = self.limit - self.all_weights
-        return max(0, min(int(left * ACCELERATOR_SHARE), left - self.workspace.total))
+        return max(0, min(int(left * ACCELERATOR_SHARE), left - self.moving - self.workspace.total))
 
 
 def memory(deployment: Deployment, device: Device) -> Memory:
@@ -234,8 +279,10 @@ def memory(deployment: Deployment, device: Device) -> Memory:
     return Memory(
         int(device.memory * device.usable),
         weight_bytes(deployment),
+        loading_bytes(deployment),
         sequence,
         sequence * deployment.limits.max_batch,
+        moving_bytes(deployment),
         spaces[largest],
         largest,
     )

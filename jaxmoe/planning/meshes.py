@@ -4,7 +4,7 @@ import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from jaxmoe.errors import MeshError
+from jaxmoe.errors import ConfigError, MeshError
 from jaxmoe.planning.deployment import Deployment
 from jaxmoe.planning.hardware import Device
 from jaxmoe.planning.memory import Memory, memory
@@ -38,7 +38,7 @@ def options(deployment: Deployment, device: Device, devices: int) -> list[Option
             spec = own
         try:
             other = deployment if spec == deployment.spec else deployment.on(spec)
-        except MeshError:
+        except (MeshError, ConfigError):  # which leaves no room for copies of experts
             continue
         found.append(Option(other, memory(other, device), step_time(other, other.decode, device)))
     return sorted(found, key=lambda each: (not each.memory.fits, _seconds_a_token(each)))

@@ -38,8 +38,12 @@ def memory_table(plan: Deployment, memory: Memory, device: Device) -> list[str]:
     rows.append(
         ("KV pages", memory.kv, f"{plan.limits.max_batch} x {plan.context:,} tokens, {_kib(per_token)} each a rank")
     )
+    if memory.moving:
+        rows.append(("room to move", memory.moving, "one layer's experts, and one on its way"))
     rows.append(("workspace", memory.workspace.total, f"largest in {memory.largest}"))
     rows.append(("needed", memory.needed, f"of {_gib(memory.limit)} that can be used ({device.usable:.0%})"))
+    if memory.loading > memory.all_weights:
+        rows.append(("at the start", memory.loading, f"weights at most: experts arrive in {plan.subject.dtype}"))
     lines = ["", f"MEMORY               GiB on each of {plan.spec.num_devices} devices"]
     for name, size, note in rows:
         indent = "  " if name in memory.weights else ""
@@ -54,12 +58,17 @@ def memory_table(plan: Deployment, memory: Memory, device: Device) -> list[str]:
 
 def verdict(plan: Deployment, memory: Memory, smallest: Option | None) -> list[str]:
     """What does not fit, by how much, and what would."""
-    sizes = {**memory.weights, "KV pages": memory.kv, "workspace": memory.workspace.total}
+    sizes = {
+        **memory.weights,
+        "KV pages": memory.kv,
+        "room to move": memory.moving,
+        "workspace": memory.workspace.total,
+    }
     largest = max(sizes, key=lambda name: sizes[name])
-    lines = [
-        f"DOES NOT FIT: needs {_gib(memory.needed)} on each device, {_gib(sizes[largest])} of it {largest}; "
-        f"{_gib(memory.limit)} can be used."
-    ]
+    why = f"needs {_gib(memory.needed)} on each device, {_gib(sizes[largest])} of it {largest}"
+    if memory.needed <= memory.limit:
+        why = f"serves in {_gib(memory.needed)} on each device, but starts with {_gib(memory.loading)}"
+    lines = [f"DOES NOT FIT: {why}; {_gib(memory.limit)} can be used."]
     if smallest is None:
         return [*lines, "No mesh of powers of two up to 4,096 devices fits it either."]
     other = smallest.deployment
@@ -78,14 +87,23 @@ def step_table(name: str, plan: Deployment, shape: StepShape, step: StepTime) ->
         "",
         f"{name}: at best {step.seconds * 1e3:,.2f} ms {pace}, bound by {step.bound}; "
         f"{step.tokens_per_second:,.0f} tokens/s, {each:,.0f} a device",
+    ]
+    if step.drafts:
+        none = (step.tokens - step.drafts) / step.seconds
+        lines.append(f"  if every draft is right, and {none:,.0f} tokens/s if none is; mtp is what drafting takes")
+    lines += [
         f"  {'part':<20}{'GiB read':>9}{'ms':>9}{'GFLOP':>11}{'ms':>9}{'network ms':>12}{'all ms':>9}",
     ]
-    for part in step.parts:
-        if part.name == "norms":
-            continue
+    forward = [(part.name, [part]) for part in step.parts if not part.drafts and part.name != "norms"]
+    drafting = [part for part in step.parts if part.drafts]
+    for label, parts in [*forward, ("mtp", drafting)] if drafting else forward:
+        read, flops = sum(part.bytes for part in parts), sum(part.flops for part in parts)
+        memory, compute, network, together = (
+            sum(map(of, parts)) * 1e3 for of in (step.memory, step.compute, lambda part: part.network, step.of_part)
+        )
         lines.append(
-            f"  {part.name:<20}{part.bytes / GIB:>9.2f}{step.memory(part) * 1e3:>9.2f}{part.flops / 1e9:>11,.0f}"
-            f"{step.compute(part) * 1e3:>9.2f}{part.network * 1e3:>12.2f}{step.of_part(part) * 1e3:>9.2f}"
+            f"  {label:<20}{read / GIB:>9.2f}{memory:>9.2f}{flops / 1e9:>11,.0f}"
+            f"{compute:>9.2f}{network:>12.2f}{together:>9.2f}"
         )
     if plan.config.stacks["moe"]:
         mixture = plan.mixture(shape)
@@ -194,14 +212,18 @@ def as_json(
         "device": device.name,
         "devices": plan.spec.num_devices,
         "dtype": str(plan.subject.dtype),
+        "expert_dtype": str(plan.subject.expert_dtype or plan.subject.dtype),
+        "speculate": plan.limits.speculate,
         "parameters": {"total": count.total, "active": count.active, "mtp": count.mtp},
         "fits": memory.fits,
         "memory": {
             "usable": memory.limit,
             "weights": memory.weights,
+            "at_start": memory.loading,
             "kv": memory.kv,
             "kv_of_a_token": memory.sequence / plan.context,
             "kv_capacity": memory.kv_capacity,
+            "moving": memory.moving,
             "workspace": memory.workspace.total,
             "needed": memory.needed,
         },
@@ -210,6 +232,7 @@ def as_json(
                 "seconds": step.seconds,
                 "bound": step.bound,
                 "tokens_per_second": step.tokens_per_second,
+                "drafts_per_second": step.drafts / step.seconds,
                 "parts": [part._asdict() for part in step.parts],
                 "collectives": [each._asdict() for each in step.exchanges],
             }
@@ -239,10 +262,11 @@ def _mesh(spec: Any) -> str:
 def _layout(plan: Deployment) -> list[str]:
     spec, lines = plan.spec, []
     if plan.config.stacks["moe"]:
-        copies = spec.num_ranks // spec.expert_devices
+        copies, kept = spec.num_ranks // spec.expert_devices, plan.subject.expert_dtype
+        stored = f" in {kept}," if kept else ""
         lines.append(
-            f"{plan.slots // spec.expert_devices} of {plan.slots} expert slots a device, for {plan.config.experts} "
-            f"experts; {copies} {'copy' if copies == 1 else 'copies'} of them"
+            f"{plan.slots // spec.expert_devices} of {plan.slots} expert slots a device,{stored} "
+            f"for {plan.config.experts} experts; {copies} {'copy' if copies == 1 else 'copies'} of them"
         )
     if spec.tp > 1:
         lines.append(f"tp splits {', '.join(sorted(plan.rules.split))}")

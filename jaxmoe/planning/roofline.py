@@ -4,6 +4,7 @@ it sends over the network. No step is faster; how close one comes is for measure
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from jaxmoe.engine.batch import StepShape
@@ -17,17 +18,24 @@ from jaxmoe.spans import FULL
 
 
 class Part(NamedTuple):
-    """One part of a step on one device: bytes it reads, floating-point operations, and seconds of collectives."""
+    """One part of a step on one device: bytes it reads, floating-point operations, and seconds of collectives.
+
+    drafts: whether it is a part of drafting rather than of the forward pass.
+    """
 
     name: str
     bytes: float
     flops: float
     network: float = 0.0
+    drafts: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-    """A step's parts and what they come to on `device`. tokens: that all ranks together advance by."""
+    """A step's parts and what they come to on `device`.
+
+    tokens: that all ranks together advance by, if every draft is right. drafts: how many of these are drafts.
+    """
 
     device: Device
     itemsize: int
@@ -36,6 +44,7 @@ class StepTime:
     active_slots: float
     tokens: int
     devices: int
+    drafts: int = 0
 
     def memory(self, part: Part) -> float:
         return part.bytes / self.device.bandwidth
@@ -82,33 +91,53 @@ def active_slots(deployment: Deployment, shape: StepShape) -> float:
 
 
 def step_time(deployment: Deployment, shape: StepShape, device: Device) -> StepTime:
-    """Every row of the shape a token, every sequence at full context, routing balanced."""
+    """Every row of the shape a token, every sequence at full context, routing balanced; and drafting if steps draft."""
+    parts: list[Part] = []
+    found: list[Exchange] = []
+    for drafts in (False, True)[: 2 if deployment.limits.speculate else 1]:
+        own = exchanges(deployment, shape, drafts)
+        parts += _parts(deployment, shape, device, own, drafts)
+        found += (each._replace(what=f"mtp: {each.what}") for each in own) if drafts else own
+    ranks = deployment.spec.num_ranks
+    return StepTime(
+        device,
+        deployment.itemsize,
+        tuple(parts),
+        tuple(found),
+        active_slots(deployment, shape) if deployment.config.stacks["moe"] else 0.0,
+        ranks * shape.rows,
+        deployment.spec.num_devices,
+        ranks * (shape.draws - shape.batch),
+    )
+
+
+def _parts(
+    deployment: Deployment, shape: StepShape, device: Device, found: list[Exchange], drafts: bool
+) -> Iterator[Part]:
+    """Of the forward pass or of drafting, whose exchanges these are."""
     config, mixture = deployment.config, deployment.mixture(shape)
-    active = active_slots(deployment, shape) if config.stacks["moe"] else 0.0
     bytes_of, flops_of = dict.fromkeys(KINDS, 0.0), dict.fromkeys(KINDS, 0.0)
     for path, parameter in deployment.subject.parameters.items():
         kind = kind_of(path)
         held = parameter.shard_shape(deployment.rules, deployment.slots)
         numbers: float = math.prod(held)
         if parameter.layers is not None:
-            numbers *= parameter.layers[0] / sum(parameter.layers)
-        rows: float = mixture.tokens
+            own, further = parameter.layers
+            numbers *= (min(further, 1) if drafts else own) / (own + further)
         if kind == "experts":
             in_slot = numbers / held[1]
-            numbers = in_slot * active
+            numbers = in_slot * active_slots(deployment, shape)
             # Every copy of the experts serves tokens * devices rows, K slots each, spread over its devices.
             flops_of[kind] += 2 * in_slot * mixture.tokens * mixture.choices
         elif path == "embed" and not config.tie_embeddings:
-            numbers = mixture.tokens * config.width
+            numbers = shape.rows * config.width
         elif kind == "embedding, lm_head":
-            flops_of[kind] += 2 * numbers * shape.batch
+            flops_of[kind] += 2 * numbers * (shape.batch if drafts else shape.draws)
         elif path == "attention.key_value":
             flops_of[kind] += 2 * numbers * _rows_of_key_value(deployment, shape)
         elif kind != "norms":
-            flops_of[kind] += 2 * numbers * rows
+            flops_of[kind] += 2 * numbers * shape.rows
         bytes_of[kind] += numbers * parameter.dtype.itemsize
-    kv_bytes, kv_flops = _attended(deployment, shape)
-    found = exchanges(deployment, shape)
     network = {
         "attention": _seconds(found, device, deployment, "attention"),
         "experts": _seconds(found, device, deployment, "experts", "tokens to experts", "sums to tokens",
@@ -117,18 +146,12 @@ def step_time(deployment: Deployment, shape: StepShape, device: Device) -> StepT
         "dense feed-forward": _seconds(found, device, deployment, "dense feed-forward"),
         "embedding, lm_head": _seconds(found, device, deployment, "embedding", "logits"),
     }  # fmt: skip
-    parts = [Part("KV and scores", kv_bytes, kv_flops)]
-    parts += [Part(kind, bytes_of[kind], flops_of[kind], network.get(kind, 0.0)) for kind in KINDS if kind != "mtp"]
-    tokens = deployment.spec.num_ranks * mixture.tokens
-    return StepTime(
-        device,
-        deployment.itemsize,
-        tuple(part for part in parts if part.bytes),
-        tuple(found),
-        active,
-        tokens,
-        deployment.spec.num_devices,
-    )
+    kv_bytes, kv_flops = _attended(deployment, shape, drafts)
+    if kv_bytes:
+        yield Part("KV and scores", kv_bytes, kv_flops, drafts=drafts)
+    for kind in KINDS:
+        if bytes_of[kind]:
+            yield Part(kind, bytes_of[kind], flops_of[kind], network.get(kind, 0.0), drafts)
 
 
 def _seconds(found: list[Exchange], device: Device, deployment: Deployment, *whats: str) -> float:
@@ -143,18 +166,17 @@ def _rows_of_key_value(deployment: Deployment, shape: StepShape) -> int:
     """How many rows of latent attention meet the matrix that makes keys and values: of queries, or of all keys."""
     dims = deployment.config.latent
     assert dims is not None
-    tokens = shape.batch * shape.tokens
     keys = deployment.context
-    return tokens if absorbs(dims, shape.tokens, keys) else shape.batch * keys
+    return shape.rows if absorbs(dims, shape.tokens, keys) else shape.batch * keys
 
 
-def _attended(deployment: Deployment, shape: StepShape) -> tuple[float, float]:
+def _attended(deployment: Deployment, shape: StepShape, drafts: bool) -> tuple[float, float]:
     """Bytes of KV pages that a device reads once, and operations of scores and mixing, over all layers."""
     config, rules, limits = deployment.config, deployment.rules, deployment.limits
     heads = config.heads // rules.parts("heads")
     read = operations = 0.0
     for span, width in zip(config.spans, deployment.packing.widths(shape), strict=True):
-        layers = sum(kind.span == span for kind in config.kinds)
+        layers = sum(kind.span == span for kind in deployment.kinds(drafts))
         keys = width * limits.page_size
         if (dims := config.latent) is None:
             numbers = 2 * config.kv_heads // rules.parts("kv_heads") * config.head_dim

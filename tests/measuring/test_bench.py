@@ -22,6 +22,15 @@ def test_phases_are_timed_and_those_beyond_the_limits_named(capsys):
     assert "left out: prefill of 512 tokens; the context limit is 64 tokens" in err
 
 
+def test_steps_that_draft_and_experts_in_8_bits_are_timed(capsys, monkeypatch):
+    fake = Machine("cpu", "cpu", 10e9, {4: 100e9, 2: 50e9}, 0, 2**30)
+    monkeypatch.setattr(machine, "measure_machine", lambda: fake)
+    flags = ("--model", "demo:deepseek-v3", "--speculate", "mtp", "--expert-weights", "int8")
+    code, out, _ = command(capsys, *flags, "--phases", "decode:2", "--floor")
+    assert code == 0
+    assert "bound by" in out
+
+
 def test_floors_and_a_profile_come_from_the_same_run(capsys, monkeypatch, tmp_path):
     fake = Machine("cpu", "cpu", 10e9, {4: 100e9, 2: 50e9}, 0, 2**30)
     monkeypatch.setattr(machine, "measure_machine", lambda: fake)

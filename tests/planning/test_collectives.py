@@ -1,6 +1,7 @@
 """What is planned to travel is what travels in the compiled program."""
 
 import collections
+import dataclasses
 import functools
 
 import pytest
@@ -28,6 +29,24 @@ def subject(family):
     return Subject.read(family, read_preset(FAMILIES[family]), "float32")
 
 
+def counted(planned):
+    """How many there are of each kind, axes and bytes."""
+    count = collections.Counter()
+    for each in planned:
+        count[each.kind, each.axes, each.bytes] += each.times
+    return count
+
+
+def found_in(text, mesh):
+    """The same of a compiled program."""
+    count = collections.Counter()
+    for one in read_collectives(text, mesh.shape):
+        # XLA joins sums of a token's experts and shared expert into one all-reduce of two arrays, where it can.
+        joined = len(one.shapes) if one.kind == "all-reduce" else 1
+        count[one.kind, one.axes, one.bytes // joined] += joined
+    return count
+
+
 @pytest.mark.parametrize("strategy", ["all_to_all", "replicate"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("mesh", "axes"), MESHES)
@@ -38,16 +57,21 @@ def test_planned_collectives_are_those_of_the_compiled_step(family, mesh, axes, 
     plan = Deployment(subject(family), MeshSpec.parse(mesh, axes), LIMITS, execution)
     on = make_mesh(plan.spec)
     shape = getattr(plan, step)
-    planned = collections.Counter()
-    for each in exchanges(plan, shape):
-        planned[each.kind, each.axes, each.bytes] += each.times
-    found = read_collectives(unloaded_steps(plan, on).compile(shape).as_text(), on.shape)
-    compiled = collections.Counter()
-    for one in found:
-        # XLA joins sums of a token's experts and shared expert into one all-reduce of two arrays, where it can.
-        joined = len(one.shapes) if one.kind == "all-reduce" else 1
-        compiled[one.kind, one.axes, one.bytes // joined] += joined
-    assert planned == compiled
+    program = unloaded_steps(plan, on).compile(shape)
+    assert counted(exchanges(plan, shape)) == found_in(program.as_text(), on)
+
+
+@pytest.mark.parametrize("strategy", ["all_to_all", "replicate"])
+@pytest.mark.parametrize(("mesh", "axes"), MESHES[1::2])
+@pytest.mark.parametrize("drafts", [False, True], ids=["forward", "drafting"])
+def test_planned_collectives_are_those_of_steps_that_draft(mesh, axes, strategy, drafts):
+    execution = Execution(strategy=strategy, capacity_factor=1.0, unroll=True)
+    limits = dataclasses.replace(LIMITS, speculate="mtp")
+    plan = Deployment(subject("deepseek-v3"), MeshSpec.parse(mesh, axes), limits, execution)
+    on = make_mesh(plan.spec)
+    steps = unloaded_steps(plan, on)
+    program = (steps.compile_drafting if drafts else steps.compile)(plan.decode)
+    assert counted(exchanges(plan, plan.decode, drafts)) == found_in(program.as_text(), on)
 
 
 def test_one_device_and_data_parallel_devices_exchange_nothing():

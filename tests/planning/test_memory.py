@@ -2,12 +2,17 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxmoe import plan as plan_command
+from jaxmoe import serve
+from jaxmoe.cli import engine_config, model_options, rebalance_config
 from jaxmoe.engine.config import EngineConfig
+from jaxmoe.engine.engine import Engine
 from jaxmoe.engine.model import Model
 from jaxmoe.models.decoder import Execution
 from jaxmoe.models.kv_cache import make_cache
@@ -15,7 +20,7 @@ from jaxmoe.models.presets import read_preset
 from jaxmoe.planning.ahead import compile_step, unloaded_steps
 from jaxmoe.planning.deployment import Deployment, Subject
 from jaxmoe.planning.hardware import device_named
-from jaxmoe.planning.memory import memory, pages_of_a_sequence, sequence_bytes, weight_bytes, workspace
+from jaxmoe.planning.memory import loading_bytes, memory, pages_of_a_sequence, sequence_bytes, weight_bytes, workspace
 from jaxmoe.sharding.mesh import MeshSpec, make_mesh
 
 SMALL = {
@@ -80,6 +85,49 @@ def test_planned_bytes_are_those_of_the_arrays_that_are_loaded(family, mesh, axe
     assert sequence_bytes(plan) * 3 == held(cache_of(model, plan))
 
 
+FLAGS = {
+    ("mixtral", "--mesh", "dp=2,ep=4", "--dtype", "bfloat16"): ("--expert-weights", "int8", "--rebalance"),
+    ("mixtral", "--mesh", "ep=4,tp=2", "--redundant-experts", "8"): ("--expert-weights", "bfloat16", "--coverage"),
+    ("llama4", "--mesh", "ep=4,tp=2"): ("--rebalance-interval", "8", "--redundant-experts", "4"),
+    ("deepseek-v3", "--mesh", "dp=2,ep=4", "--expert-axes", "dp,ep", "--redundant-experts", "3"): (
+        "--expert-weights", "float8", "--speculate", "mtp", "--rebalance",
+    ),
+    ("deepseek-v3", "--mesh", "dp=2,ep=2,tp=2"): ("--speculate", "mtp", "--expert-weights", "int8", "--rebalance"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", FLAGS, ids=" ".join)
+def test_a_server_allocates_what_is_planned_for_the_same_flags(capsys, what):
+    family, *layout = what
+    limits = ("--max-batch", "3", "--max-context", "128", "--max-prefill-tokens", "16")
+    flags = (*layout, *FLAGS[what], *limits)
+    plan_command.main(["--model", SMALL[family], "--dtype", "float32", *flags, "--json"])
+    planned = json.loads(capsys.readouterr().out)["memory"]
+    args = serve.parse(["--random-weights", SMALL[family], *flags])
+    model = Model(None, random_weights=args.random_weights, **model_options(args))
+    config = engine_config(args, warm_up=False, rebalance=rebalance_config(args), speculate=args.speculate)
+    engine = Engine(model, config)
+    assert sum(planned["weights"].values()) == held(model.params)
+    assert planned["kv"] == held(engine.cache_arrays)
+    slots = model.placement.slot_expert.shape[1] // model.mesh_spec.expert_devices
+    assert planned["moving"] == held(model.mover._room) * (slots + 1) // slots
+
+
+def test_experts_in_fewer_bits_arrive_in_the_dtype_that_is_computed_in():
+    def deployed(kept):
+        subject = Subject.read("mixtral", read_preset(SMALL["mixtral"]), "bfloat16", kept)
+        return Deployment(subject, MeshSpec.parse("ep=8"), EngineConfig())
+
+    whole, kept = (sum(weight_bytes(deployed(dtype)).values()) for dtype in ("same", "int8"))
+    assert loading_bytes(deployed("same")) == whole
+    config = deployed("int8").config
+    third = config.layers * config.width * config.expert_width
+    scales = config.layers * (2 * config.expert_width + config.width) * 4
+    assert kept == whole - 3 * third + scales
+    # When bfloat16 gates and ups, two thirds of the experts, are replaced, the rest has been.
+    assert loading_bytes(deployed("int8")) == kept + 2 * 2 * third
+
+
 def test_every_kind_of_weights_is_counted_under_its_name():
     model = load(SMALL["deepseek-v3"], "ep=8", "ep")
     plan = deploy(SMALL["deepseek-v3"], "ep=8", "ep")
@@ -114,6 +162,16 @@ def test_weights_pages_and_workspace_are_within_a_twentieth_of_what_xla_says(fam
         told = compile_step(steps, shape, on)
         planned = exact + workspace(plan, shape).total
         assert planned == pytest.approx(told.needed, rel=0.05)
+
+
+def test_a_step_that_drafts_needs_what_is_planned_and_drafting_after_it_no_more():
+    plan = deploy(WEIGHTY["deepseek-v3"], "ep=8", "ep", max_batch=8, max_context=1024, speculate="mtp")
+    on = make_mesh(plan.spec)
+    steps = unloaded_steps(plan, on)
+    forward = compile_step(steps, plan.decode, on)
+    planned = sum(weight_bytes(plan).values()) + sequence_bytes(plan) * 8 + workspace(plan, plan.decode).total
+    assert planned == pytest.approx(forward.needed, rel=0.05)
+    assert steps.compile_drafting(plan.decode).memory_analysis().temp_size_in_bytes <= forward.temporaries
 
 
 def test_on_a_tpu_a_latent_takes_whole_tiles():

@@ -121,6 +121,8 @@ WRONG = {
     ("--model", "mixtral-8x7b", "--context", "99999"): "context=99999 is beyond the model's 32768 positions",
     ("--model", "mixtral-8x7b", "--batch", "0"): "max_batch=0 must be a whole number of at least 1",
     ("--model", "mixtral-8x7b", "--aot", "v5p"): "--aot 'v5p' is not of the form tpu:NAME:TOPOLOGY",
+    ("--model", "mixtral-8x7b", "--speculate", "mtp"): "needs a layer for multi-token prediction, which mixtral-8x7b",
+    ("--model", "mixtral-8x7b", "--mesh", "ep=8", "--coverage"): "8 slots cannot hold 8 experts 2 times",
     ("--model", "mixtral-8x7b", "--device", "cpu", "--dispatch", "ragged_all_to_all"): "is not implemented on cpu",
 }
 
@@ -185,6 +187,48 @@ def test_one_sequence_on_one_device_reads_the_parameters_that_one_token_meets():
     norms = (2 * one.config.layers + 1) * one.config.width
     assert multiplied == pytest.approx(2 * (count.active - count.embedding - norms))
     assert step.bound == "memory"
+
+
+def test_drafting_takes_a_layer_and_the_logits_again():
+    plain, drafting = (deploy("deepseek-v3", "ep=32", speculate=speculate) for speculate in (None, "mtp"))
+    one, step = (step_time(each, each.decode, H200) for each in (plain, drafting))
+    forward, further = ({part.name: part for part in step.parts if part.drafts == drafts} for drafts in (False, True))
+    config = drafting.config
+    for name, layers in (("attention", config.layers), ("experts", 58), ("shared experts", 58)):
+        assert further[name].bytes == pytest.approx(forward[name].bytes / layers)
+        assert further[name].flops == pytest.approx(forward[name].flops / layers)
+    assert further["embedding, lm_head"].flops == forward["embedding, lm_head"].flops / 2
+    assert further["mtp"].bytes == pytest.approx(2 * config.width * (2 * config.width + 3))
+    # Two rows a sequence: twice the work, and as many tokens if every draft is right.
+    assert forward["attention"].flops == 2 * next(part for part in one.parts if part.name == "attention").flops
+    assert (step.tokens, step.drafts, one.tokens, one.drafts) == (2 * one.tokens, one.tokens, one.tokens, 0)
+
+
+def test_experts_of_8_bits_are_read_in_half_the_time_and_drafts_are_told(capsys):
+    def experts(*flags):
+        arguments = ("--model", "deepseek-v3", "--mesh", "ep=32", "--device", "h200", "--json")
+        parts = json.loads(command(capsys, *arguments, *flags)[1])["steps"]["decode"]["parts"]
+        return next(part["bytes"] for part in parts if part["name"] == "experts")
+
+    assert experts("--expert-weights", "int8") == pytest.approx(experts() / 2, rel=0.01)
+    flags = ("--expert-weights", "int8", "--speculate", "mtp", "--rebalance", "--redundant-experts", "32")
+    _, out, _ = command(capsys, "--model", "deepseek-v3", "--mesh", "ep=32", "--device", "h200", *flags)
+    assert max(map(len, out.splitlines())) <= 100
+    for told in (
+        "9 of 288 expert slots a device, in int8, for 256 experts",
+        "room to move",
+        "at the start",
+        "if every draft is right",
+        "\n  mtp  ",
+    ):
+        assert told in out
+
+
+def test_what_would_serve_but_cannot_be_loaded_does_not_fit(capsys):
+    arguments = ("--model", "deepseek-v3", "--mesh", "ep=8", "--device", "h200", "--expert-weights", "int8")
+    code, out, _ = command(capsys, *arguments, "--batch", "1", "--context", "1024")
+    assert code == 1
+    assert "DOES NOT FIT: serves in 114.7 GiB on each device, but starts with 213.5 GiB; 129.2 GiB can be used." in out
 
 
 def test_a_long_prefill_is_bound_by_compute_and_a_decode_across_nodes_by_the_network():

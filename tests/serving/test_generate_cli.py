@@ -46,10 +46,15 @@ class Model:
         self.tokenizer = tokenizer
         self.recommended_sampling = {"temperature": 0.7, "top_p": 0.9}
         self.asked_for = None
+        self.config = None
 
     def load(self, path, *, mesh, dtype, progress, **options):
         self.asked_for = (path, mesh, dtype)
         return self
+
+    def engine_of(self, loaded, config, progress):
+        self.config = config
+        return loaded
 
     def generate(self, prompts, params):
         try:
@@ -66,7 +71,7 @@ class Model:
 def model(checkpoint, tokenizer, monkeypatch):
     model = Model(checkpoint, tokenizer)
     monkeypatch.setitem(vars(jaxmoe), "load", model.load)  # setattr would first import the real ones
-    monkeypatch.setitem(vars(jaxmoe), "Engine", lambda loaded, config, progress: loaded)
+    monkeypatch.setitem(vars(jaxmoe), "Engine", model.engine_of)
     monkeypatch.setattr("jaxmoe.generate.use_compile_cache", lambda folder: None)
     return model
 
@@ -117,7 +122,9 @@ def test_a_stop_string_ends_the_text_and_is_not_shown(where, server, model, caps
 
 
 def test_text_in_process(model, capsys):
-    assert main(["one two", "--model", "PATH", "--mesh", "ep=2", "--dtype", "bfloat16", "--max-tokens", "5"]) == 0
+    flags = ["--mesh", "ep=2", "--dtype", "bfloat16", "--speculate", "mtp"]
+    assert main(["one two", "--model", "PATH", *flags, "--max-tokens", "5"]) == 0
+    assert model.config.speculate == "mtp"
     assert capsys.readouterr().out.startswith("one")
     assert model.asked_for == ("PATH", "ep=2", "bfloat16")
 
@@ -125,6 +132,7 @@ def test_text_in_process(model, capsys):
 def test_the_demo_model_is_the_default(model, capsys):
     assert main(["one", "--max-tokens", "1"]) == 0
     assert model.asked_for == (None, "dp=1,ep=1", "float32")
+    assert model.config.speculate is None
 
 
 def test_a_conversation(server, capsys, say, tokenizer):
@@ -199,7 +207,9 @@ def test_a_checkpoint_that_cannot_be_loaded_is_told_in_one_line(model, capsys, m
     assert capsys.readouterr().err == "error: no checkpoint at PATH\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["one", "--server", "x:1", "--mesh", "ep=2"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["one", "--server", "x:1", "--mesh", "ep=2"], ["one", "--server", "x:1", "--speculate", "mtp"]]
+)
 def test_arguments_that_make_no_sense_together(arguments, capsys):
     with pytest.raises(SystemExit) as error:
         main(arguments)
