@@ -1,4 +1,4 @@
-"""Kernels in C++ (`native.cc`) for a CPU, compiled at first use where there is a compiler, and called by XLA's FFI.
+"""Kernels in C++ (`kernels/`) for a CPU, compiled at first use where there is a compiler, and called by XLA's FFI.
 
 What they compute, ops beside this one define: `linear`, `grouped_mlp` and `paged_attention`, whose XLA implementations
 always work and are what the kernels are tested against. Results are bit-identical whatever else is in a batch.
@@ -29,7 +29,7 @@ from jaxmoe.spans import Span
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("native.cc")
+SOURCES = Path(__file__).with_name("kernels")  # native.cc, which includes the headers beside it
 BUILT = Path.home() / ".cache" / "jaxmoe" / "native"
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared", "-w")
@@ -81,7 +81,7 @@ def _registered() -> Any:
 
 
 def _build(compiler: str) -> Path:
-    """Compiles the source for this machine unless that was done before; several processes may at once."""
+    """Compiles the sources for this machine unless that was done before; several processes may at once."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     key = hashlib.sha256(
         "\0".join(
@@ -94,7 +94,7 @@ def _build(compiler: str) -> Path:
         handle, temporary = tempfile.mkstemp(dir=BUILT, suffix=".part")
         os.close(handle)
         try:
-            command = [compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", "-o", temporary, str(SOURCE)]
+            command = [compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", "-o", temporary, str(SOURCES / "native.cc")]
             subprocess.run(command, capture_output=True, text=True, check=True)
             os.replace(temporary, path)
         finally:
@@ -113,7 +113,7 @@ def _cpu() -> str:
 
 @functools.cache
 def _source_hash() -> str:
-    return hashlib.sha256(SOURCE.read_bytes()).hexdigest()
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in sorted(SOURCES.glob("*.[ch]*")))).hexdigest()
 
 
 def _target(name: str) -> str:

@@ -260,9 +260,10 @@ def test_a_choice_that_cannot_be_had_says_why(monkeypatch):
 
 
 def test_a_source_that_does_not_compile_leaves_xla(monkeypatch, tmp_path, caplog):
-    broken = tmp_path / "native.cc"
-    broken.write_text("this is no C++")
-    monkeypatch.setattr(native, "SOURCE", broken)
+    broken = tmp_path / "kernels"
+    broken.mkdir()
+    (broken / "native.cc").write_text("this is no C++")
+    monkeypatch.setattr(native, "SOURCES", broken)
     monkeypatch.setattr(native, "BUILT", tmp_path / "built")
     for cached in (native._registered, native._source_hash):
         cached.cache_clear()
