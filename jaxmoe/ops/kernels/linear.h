@@ -90,14 +90,83 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer layer, 
   });
 }
 
+constexpr int kFewRows = 8;  // that meet a transposed matrix as it lies; it is packed for more
+
 // Columns of a matrix whose rows are the sums' columns: w[n * ldw + k]. Panels as of Pack.
 template <typename W>
 void PackTransposed(const W* w, ptrdiff_t ldw, int depth, int cols, float* panels) {
   for (int c = 0; c < cols; c += kPanel, panels += static_cast<ptrdiff_t>(depth) * kPanel) {
-    for (int j = 0; j < kPanel; ++j) {
-      const W* from = w + (c + j) * ldw;
-      for (int k = 0; k < depth; ++k) panels[k * kPanel + j] = c + j < cols ? Widen(from[k]) : 0.0f;
+    for (int j = 0; j < kPanel; j += kLanes) {
+      int k = 0;
+      if (c + j + kLanes <= cols) {
+        for (Vec square[kLanes]; k + kLanes <= depth; k += kLanes) {
+          for (int i = 0; i < kLanes; ++i) square[i] = Load(w + (c + j + i) * ldw + k);
+          Transpose(square);
+          for (int i = 0; i < kLanes; ++i) Store(square[i], panels + (k + i) * kPanel + j);
+        }
+      }
+      for (; k < depth; ++k)
+        for (int i = j; i < j + kLanes; ++i)
+          panels[k * kPanel + i] = c + i < cols ? Widen(w[(c + i) * ldw + k]) : 0.0f;
     }
+  }
+}
+
+// A few rows, M at most, against kLanes columns of a transposed matrix, turned on the way; summed in the order of
+// Multiply. It asks for the columns after these, each a row in memory that nothing else would see coming.
+template <int M = kFewRows, typename W>
+void ColumnsOf(int rows, const float* x, ptrdiff_t ldx, const W* w, ptrdiff_t ldw, int depth, float* y, ptrdiff_t ldy) {
+  if constexpr (M > 1) {
+    if (rows < M) return ColumnsOf<M - 1>(rows, x, ldx, w, ldw, depth, y, ldy);
+  }
+  Vec totals[M] = {};
+  for (int block = 0; block < depth; block += kBlockDepth) {
+    Vec sums[M] = {};
+    int end = std::min(depth, block + kBlockDepth), k = block;
+    for (; k + kLanes <= end; k += kLanes) {
+      Vec square[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        __builtin_prefetch(w + (i + kLanes) * ldw + k);
+        square[i] = Load(w + i * ldw + k);
+      }
+      Transpose(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i)
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) sums[m] += x[m * ldx + k + i] * square[i];
+    }
+    for (; k < end; ++k) {
+      float column[kLanes];
+      for (int i = 0; i < kLanes; ++i) column[i] = Widen(w[i * ldw + k]);
+      for (int m = 0; m < M; ++m) sums[m] += x[m * ldx + k] * Load(column);
+    }
+    for (int m = 0; m < M; ++m) totals[m] += sums[m];
+  }
+  for (int m = 0; m < M; ++m) Store(totals[m], y + m * ldy);
+}
+
+// As Multiply, of a matrix whose rows are the sums' columns: w[n * ldw + k].
+template <typename W>
+void MultiplyTransposed(const float* x, ptrdiff_t ldx, int rows, const W* w, ptrdiff_t ldw, int depth, int cols,
+                        float* y, ptrdiff_t ldy) {
+  int begin = 0;
+  for (; rows <= kFewRows && begin + kLanes <= cols; begin += kLanes) {
+    ColumnsOf(rows, x, ldx, w + begin * ldw, ldw, depth, y + begin, ldy);
+  }
+  if (begin == cols) return;
+  begin = begin / kPanel * kPanel;  // y has room for whole panels
+  for (int row = 0; row < rows; ++row) std::memset(y + row * ldy + begin, 0, (ldy - begin) * sizeof(float));
+  float* panels = Local(static_cast<size_t>(kBlockDepth) * kBlockCols, 0);
+  Ahead resting{reinterpret_cast<const char*>(w)};
+  int tile = EvenRows(rows);
+  for (int k = 0; k < depth; k += kBlockDepth) {
+    int deep = std::min(kBlockDepth, depth - k);
+    PackTransposed(w + begin * ldw + k, ldw, deep, cols - begin, panels);
+    for (int row = 0; row < rows; row += tile)
+      for (int c = begin; c < cols; c += kPanel)
+        TileOf<kTileVecs>(std::min(tile, rows - row), x + row * ldx + k, ldx, 1, deep,
+                          panels + static_cast<ptrdiff_t>(deep) * (c - begin), y + row * ldy + c, ldy, resting);
   }
 }
 
@@ -119,21 +188,10 @@ void HeadsOf(Team& team, const X* x, int64_t rows, int64_t heads, int64_t depth,
     float* y = Local(high * ldy, 1);
     const float* from = input + (row * heads + head) * depth;
     const W* own = w + head * stack_cols + begin;
-    if (!transposed) {
-      Multiply(from, heads * depth, high, own + col, ldw, static_cast<int>(depth), wide_cols, y, ldy);
+    if (transposed) {
+      MultiplyTransposed(from, heads * depth, high, own + col * ldw, ldw, static_cast<int>(depth), wide_cols, y, ldy);
     } else {
-      float* panels = Local(static_cast<size_t>(kBlockDepth) * kBlockCols, 0);
-      Ahead resting{reinterpret_cast<const char*>(own)};
-      std::memset(y, 0, high * ldy * sizeof(float));
-      int tile = EvenRows(high);
-      for (int k = 0; k < depth; k += kBlockDepth) {
-        int deep = static_cast<int>(std::min<int64_t>(kBlockDepth, depth - k));
-        PackTransposed(own + col * ldw + k, ldw, deep, wide_cols, panels);
-        for (int m = 0; m < high; m += tile)
-          for (int c = 0; c < wide_cols; c += kPanel)
-            TileOf<kTileVecs>(std::min(tile, high - m), from + m * heads * depth + k, heads * depth, 1, deep,
-                      panels + static_cast<ptrdiff_t>(deep) * c, y + m * ldy + c, ldy, resting);
-      }
+      Multiply(from, heads * depth, high, own + col, ldw, static_cast<int>(depth), wide_cols, y, ldy);
     }
     for (int m = 0; m < high; ++m)
       for (int c = 0; c < wide_cols; ++c) Narrow(y[m * ldy + c], out + ((row + m) * heads + head) * cols + col + c);

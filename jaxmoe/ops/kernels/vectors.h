@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -91,6 +92,29 @@ inline void Copy(const X* from, int64_t count, float* to) {
   for (; i < count; ++i) to[i] = Widen(from[i]);
 }
 inline Vec Max(Vec a, Vec b) { return a > b ? a : b; }
+
+// Of every two lanes whose numbers differ in bit S alone, the one that has it in `low` and the other in `high` change
+// places.
+template <int S, size_t... I>
+inline void ChangePlaces(Vec& low, Vec& high, std::index_sequence<I...>) {
+  Vec a = low, b = high;
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+  low = __builtin_shufflevector(a, b, ((I & S) ? kLanes + (I ^ S) : I)...);
+  high = __builtin_shufflevector(a, b, ((I & S) ? kLanes + I : I ^ S)...);
+#else
+  ((low[I] = (I & S) ? b[I ^ S] : a[I], high[I] = (I & S) ? b[I] : a[I ^ S]), ...);
+#endif
+}
+// A square of kLanes vectors.
+template <int S = 1>
+inline void Transpose(Vec* rows) {
+  if constexpr (S < kLanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i)
+      if (!(i & S)) ChangePlaces<S>(rows[i], rows[i | S], std::make_index_sequence<kLanes>());
+    Transpose<2 * S>(rows);
+  }
+}
 
 // e^x to 2 units in the last place; 0 for x below -87, where results would be denormal.
 __attribute__((always_inline)) inline Vec Exp(Vec x) {
