@@ -10,7 +10,7 @@ from google.protobuf.message import Message
 from jaxmoe.serving.proto import admin_pb2 as pb
 from jaxmoe.serving.proto.admin_pb2_grpc import AdminServicer
 from jaxmoe.serving.remote_engine import RemoteEngine
-from jaxmoe.serving.servicer import abort, ordered
+from jaxmoe.serving.status import abort, ordered
 
 ADMIN_SERVICE = pb.DESCRIPTOR.services_by_name["Admin"].full_name
 

@@ -8,7 +8,7 @@ from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 
 from jaxmoe.engine.request import Constraint, SamplingParams
 from jaxmoe.errors import InvalidRequestError, QueueFullError
-from jaxmoe.serving.servicer import _HONOURED, _LEFT_TO_CLIENT
+from jaxmoe.serving.generate_request import HONOURED, LEFT_TO_CLIENT
 
 PROMPT = [40, 41, 42, 43, 44]
 
@@ -216,19 +216,16 @@ def test_a_deadline_reaches_the_engine(server, stream):
 
 
 def test_a_request_whose_deadline_passes_in_the_queue_never_begins(checkpoint):
-    with serving(model_info(checkpoint)) as server:
+    with serving(model_info(checkpoint, max_running=1), pace=0.001) as server:
         running = server.generate(PROMPT, stream=True)
         next(running)
-        server.engine.gate.clear()
         assert server.refusal(PROMPT, timeout=0.3).code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        while server.stub.GetServerInfo(pb.GetServerInfoRequest()).active_requests > 1:
-            pass
-        server.engine.gate.set()
-        server.engine.wait_until(lambda engine: len(engine.cancelled) == 1)
-        (key,) = server.engine.cancelled
-        assert key == server.engine.submitted[-1].id
-        assert key not in server.engine.begun
+        server.engine.wait_until(lambda engine: engine.cancelled)
         running.cancel()
+        server.engine.wait_until(lambda engine: not engine.has_work)
+        first, late = (request.id for request in server.engine.submitted)
+        assert server.engine.cancelled == [late, first]
+        assert server.engine.begun == [first]
 
 
 def test_everything_is_free_again_after_a_cancel(server):
@@ -254,7 +251,7 @@ def test_a_live_id_is_taken_and_free_again_afterwards(server):
 
 
 def test_every_sampling_field_is_honoured_or_left_to_the_client():
-    assert {field.name for field in pb.SamplingParams.DESCRIPTOR.fields} == _HONOURED | _LEFT_TO_CLIENT
+    assert {field.name for field in pb.SamplingParams.DESCRIPTOR.fields} == HONOURED | LEFT_TO_CLIENT
 
 
 def test_a_field_of_a_later_protocol_is_refused_by_its_number(server):
@@ -285,7 +282,7 @@ def test_an_input_that_is_not_supported_is_refused_by_name(server, fields):
 
 def test_values_that_ask_for_nothing_pass(server):
     fields = {"n": 1, "repetition_penalty": 1.0, "min_p": 0.0, "stop": [], "logprobs": 0, "json_object": False}
-    harmless = dict.fromkeys(_LEFT_TO_CLIENT, True)
+    harmless = dict.fromkeys(LEFT_TO_CLIENT, True)
     _, whole = chunks_and_complete(
         server.generate(PROMPT, max_tokens=2, kv_transfer_params_json="", **fields, **harmless)
     )
