@@ -48,6 +48,9 @@ from jaxmoe.serving.tokenization import AnswerText, Tokenizer, read_files
 logger = logging.getLogger(__name__)
 
 
+WOKEN_TOGETHER = 16  # less than a millisecond of writing
+
+
 class Phase(enum.Enum):
     STARTING = "starting"
     SERVING = "serving"
@@ -96,6 +99,8 @@ class RemoteEngine:
         self._open: dict[str, Stream] = {}  # by the client's id
         self._live: dict[str, Stream] = {}  # by key; the engine works on them
         self._keys = itertools.count()
+        self._to_wake: dict[Stream, None] = {}  # in order; what comes meanwhile is read together
+        self._waking = False
         self._idle = asyncio.Event()
         self._idle.set()
         self.last_word = time.monotonic()
@@ -184,6 +189,7 @@ class RemoteEngine:
         streams = [self._open[request_id] for request_id in request_ids if request_id in self._open]
         for stream in streams:
             stream.abort()
+            stream.expect_reader(self._read_timeout)
         self._withdraw(streams)
 
     def waiting_tokens(self, num_ranks: int) -> list[int]:
@@ -339,6 +345,7 @@ class RemoteEngine:
                 stream.fail(EngineFailedError(output.error))
             else:
                 stopped_early = stream.push(output)
+                self._to_wake[stream] = None
             stream.timeline.cached_tokens = max(stream.timeline.cached_tokens, output.cached_tokens)
             self.metrics.tokens(stream.timeline, len(output.token_ids), now)
             if stream.ended:
@@ -351,6 +358,20 @@ class RemoteEngine:
             elif stopped_early:
                 self.link.send(Cancel([stream.key], output.index))
         self._withdraw(stopped)
+        if not self._waking:
+            self._wake_some()
+
+    def _wake_some(self) -> None:
+        """Lets a few readers write, and the others after whatever else has come by then.
+
+        Who asks for something, and be it in vain, does not wait until hundreds of streams have been written.
+        """
+        for stream in list(itertools.islice(self._to_wake, WOKEN_TOGETHER)):
+            del self._to_wake[stream]
+            stream.wake()
+        self._waking = bool(self._to_wake)
+        if self._waking:
+            asyncio.get_running_loop().call_soon(self._wake_some)
 
     def _withdraw(self, streams: Iterable[Stream]) -> None:
         """The engine need not work on these any longer."""
@@ -379,6 +400,7 @@ class RemoteEngine:
     def _fail_all(self, error: Exception) -> None:
         for stream in self._open.values():
             stream.fail(error)
+            stream.expect_reader(self._read_timeout)
         self._withdraw(list(self._live.values()))
         self._questions.fail(error)
 

@@ -124,7 +124,7 @@ class Stream:
         return self._error is not None or self.finished
 
     def push(self, output: Output) -> bool:
-        """Whether this ends the sample although the engine would go on with it."""
+        """Whether this ends the sample although the engine would go on with it. Its reader is to be woken."""
         sample = self._samples[output.index]
         if self._error is not None or sample.finish is not None:
             return False
@@ -133,8 +133,10 @@ class Stream:
         waiting = sum(len(each.tokens) for each in self._samples)
         if self._max_backlog is not None and waiting > self._max_backlog:
             self._cut(f"{waiting} tokens of this stream wait to be read; read faster, or do not stream")
-        self._news.set()
         return sample.finish is not None and output.finish_reason is None
+
+    def wake(self) -> None:
+        self._news.set()
 
     def abort(self) -> None:
         for index, sample in enumerate(self._samples):
@@ -167,12 +169,12 @@ class Stream:
 
     def expect_reader(self, seconds: float) -> None:
         """It has ended: what is left of it is to be read within this time."""
-        if self._scope is not None and self._error is None:
+        if self._scope is not None and self._patience is None:
             text = f"this answer has not been read within {seconds:g} s of its end; read faster"
             self._patience = asyncio.get_running_loop().call_later(seconds, self._cut, text)
 
     def _cut(self, text: str) -> None:
-        self._error = SlowReaderError(text)
+        self._error = self._error or SlowReaderError(text)
         for index, sample in enumerate(self._samples):
             sample.take(index)
         if self._scope is not None:

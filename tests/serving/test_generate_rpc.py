@@ -396,18 +396,28 @@ def test_a_reader_that_falls_behind_is_cut_off(checkpoint):
         assert "read faster" in error.value.details()
 
 
-def test_an_answer_that_nobody_reads_is_not_kept(checkpoint):
-    with serving(model_info(checkpoint), read_timeout=0.2) as server:
+@pytest.mark.parametrize("end", ["length", "abort", "stall"])
+def test_an_answer_that_nobody_reads_is_not_kept(checkpoint, end):
+    limits = {"read_timeout": 0.2, "max_backlog": 10**9, "step_timeout": 0.5}
+    with serving(model_info(checkpoint, max_context=10**8), **limits) as server:
         small_window = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16384)]
         with grpc.insecure_channel(server.address, options=small_window) as channel:
-            fields = {"stream": True, "logprobs": 1, "max_tokens": 10_000}
+            fields = {"stream": True, "logprobs": 1, "request_id": "unread"}
+            if end == "length":
+                fields["max_tokens"] = 10_000
             call = type(server.stub)(channel).Generate(generate_request(PROMPT, **fields), timeout=60)
-            while server.stub.GetServerInfo(pb.GetServerInfoRequest()).active_requests or not server.engine.submitted:
+            server.engine.wait_until(lambda engine: engine.generated >= 10_000)
+            if end == "abort":
+                server.stub.Abort(pb.AbortRequest(request_ids=["unread"]), timeout=30)
+            elif end == "stall":
+                server.engine.gate.clear()
+            while server.stub.GetServerInfo(pb.GetServerInfoRequest()).active_requests:
                 pass
             with pytest.raises(grpc.RpcError) as error:
                 list(call)
-        assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert "within 0.2 s of its end" in error.value.details()
+        told = ("UNAVAILABLE", "a step") if end == "stall" else ("RESOURCE_EXHAUSTED", "within 0.2 s of its end")
+        assert error.value.code().name == told[0]
+        assert told[1] in error.value.details()
 
 
 def test_without_a_tokenizer_tokens_are_served_and_text_is_refused(tmp_path):
