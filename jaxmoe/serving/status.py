@@ -63,7 +63,8 @@ async def abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn
     details = (("grpc-status-details-bin", status.SerializeToString()),) if status.details else ()
     # To a client that does not read, the status is on its way but not sent: there is no use in waiting for it.
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(context.abort(code, text, details), _ABORT_TIMEOUT)
+        async with asyncio.timeout(_ABORT_TIMEOUT):
+            await context.abort(code, text, details)
     raise grpc.aio.AbortError
 
 

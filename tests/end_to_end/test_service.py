@@ -561,6 +561,14 @@ def test_openai_gets_samples_with_log_probabilities(client):
     for choice in choices:
         assert 0 < len(choice.logprobs.content) <= 6
         assert all(len(each.top_logprobs) == 3 for each in choice.logprobs.content)
+    pieces = list(client.chat.completions.create(**asked, n=2, logprobs=True, stream=True))
+    for index, choice in enumerate(choices):
+        own = [piece.choices[0] for piece in pieces if piece.choices and piece.choices[0].index == index]
+        assert "".join(each.delta.content or "" for each in own) == choice.message.content
+        told = [each for piece in own if piece.logprobs for each in piece.logprobs.content]
+        assert [each.logprob for each in told] == pytest.approx(
+            [each.logprob for each in choice.logprobs.content], abs=1e-4
+        )
 
 
 def test_a_prompt_that_was_asked_before_is_found_until_the_cache_is_flushed(service):

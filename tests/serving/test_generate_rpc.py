@@ -180,6 +180,11 @@ def test_truncation_keeps_the_last_tokens_of_the_prompt(server):
     assert server.engine.submitted[-1].prompt == (97, 98, 99)
 
 
+def test_a_prompt_of_eight_megabytes_is_taken(server):
+    list(server.generate([300] * 4_200_000, max_tokens=1, truncate_prompt_tokens=3))
+    assert server.engine.submitted[-1].prompt == (300, 300, 300)
+
+
 def test_an_abort_ends_the_stream_and_reaches_the_engine(server):
     call = server.generate(PROMPT, stream=True, request_id="to abort")
     next(call)
