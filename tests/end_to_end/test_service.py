@@ -37,7 +37,7 @@ GRPCURL = Path(sys.executable).with_name("grpcurl")
 SERVICE = "vllm.grpc.engine.VllmEngine"
 MAX_BATCH, MAX_QUEUE, RANKS, CONTEXT = 2, 4, 4, 512
 AT_ONCE = 8  # requests of any kind
-PREFILL = 90  # seconds; a server that grpc has set up breaks off after 50
+PREFILL = 60  # seconds; a server as grpc sets it up breaks off after 50
 BROKEN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL)
 TALK = [{"role": "user", "content": "Who art thou?"}]
 
