@@ -13,6 +13,7 @@ import uuid
 from typing import Any, NoReturn
 
 import grpc
+from google.protobuf.message import Message
 from smg_grpc_proto.generated import common_pb2
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from smg_grpc_proto.generated.vllm_engine_pb2_grpc import VllmEngineServicer
@@ -29,7 +30,7 @@ from jaxmoe.serving.remote_engine import Phase, RemoteEngine
 from jaxmoe.serving.request_log import Caller
 from jaxmoe.serving.routed import ASKS
 from jaxmoe.serving.security import caller_key
-from jaxmoe.serving.status import abort, code_of, ordered, unimplemented
+from jaxmoe.serving.status import abort, answer, code_of, unimplemented
 from jaxmoe.serving.tokenization import pack_files
 
 logger = logging.getLogger(__name__)
@@ -173,12 +174,12 @@ class Servicer(VllmEngineServicer):
     async def StartProfile(
         self, request: common_pb2.StartProfileRequest, context: grpc.aio.ServicerContext
     ) -> common_pb2.ProfileResponse:
-        return await ordered(self._engine, request, common_pb2.ProfileResponse, context)
+        return await self._profile(request, context)
 
     async def StopProfile(
         self, request: common_pb2.StopProfileRequest, context: grpc.aio.ServicerContext
     ) -> common_pb2.ProfileResponse:
-        return await ordered(self._engine, request, common_pb2.ProfileResponse, context)
+        return await self._profile(request, context)
 
     async def SubscribeKvEvents(
         self, request: common_pb2.SubscribeKvEventsRequest, context: grpc.aio.ServicerContext
@@ -194,6 +195,10 @@ class Servicer(VllmEngineServicer):
             async for message in messages:
                 await context.write(message)
         await context.abort(grpc.StatusCode.UNAVAILABLE, self._engine.reason)
+
+    async def _profile(self, request: Message, context: grpc.aio.ServicerContext) -> common_pb2.ProfileResponse:
+        content = self._engine.order(request.DESCRIPTOR.name, request.SerializeToString())
+        return await answer(content, common_pb2.ProfileResponse, context)
 
     async def _generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
         engine, info, asked = self._engine, self._engine.info, request.sampling_params

@@ -3,7 +3,8 @@
 import asyncio
 import contextlib
 import logging
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Awaitable
+from typing import NoReturn, TypeVar
 
 import grpc
 from google.protobuf import duration_pb2
@@ -13,7 +14,6 @@ from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 
 from jaxmoe.errors import ConfigError, DuplicateRequestError, InvalidRequestError, QueueFullError, UnavailableError
 from jaxmoe.serving.rejections import EngineFailedError
-from jaxmoe.serving.remote_engine import RemoteEngine
 from jaxmoe.serving.streams import SlowReaderError
 
 logger = logging.getLogger(__name__)
@@ -38,13 +38,12 @@ def code_of(error: Exception) -> grpc.StatusCode:
     return _STATUS.get(type(error), grpc.StatusCode.INTERNAL)
 
 
-async def ordered(engine: RemoteEngine, request: Message, response: type[_M], context: Any) -> _M:
-    """What the engine answers to a request between two steps; ends the RPC if it cannot."""
+async def answer(content: Awaitable[bytes], message: type[_M], context: grpc.aio.ServicerContext) -> _M:
+    """The message with this content, once it is there; ends the RPC if it cannot be had."""
     try:
-        content = await engine.order(request.DESCRIPTOR.name, request.SerializeToString())
+        return message.FromString(await content)
     except Exception as error:
         await abort(context, error)
-    return response.FromString(content)
 
 
 async def abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:
