@@ -25,14 +25,15 @@ def free_port():
 
 
 @contextlib.contextmanager
-def smg(*workers, options=("--policy=round_robin",), **process):
-    """A client of a gateway before these servers, once it knows them all; without `workers`, `options` name them."""
-    port, named = free_port(), ("--worker-urls", *(f"grpc://{worker}" for worker in workers)) if workers else ()
+def smg(*workers, options=("--policy=round_robin",), cwd=None):
+    """A client of a gateway before these servers, or before those that its options name."""
+    port = free_port()
     command = [sys.executable, "-m", "smg", "launch", f"--port={port}", "--host=127.0.0.1", "--block-size=16"]
     command += [f"--prometheus-port={free_port()}", "--prometheus-host=127.0.0.1", "--worker-startup-check-interval=1"]
-    environment, quiet = {**os.environ, "HF_HUB_OFFLINE": "1"}, {"stdout": subprocess.DEVNULL}
-    command += ["--log-level=error", *options, *named]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment, **quiet | process) as running:
+    command += ["--log-level=error", *options]
+    command += ["--worker-urls", *(f"grpc://{worker}" for worker in workers)] if workers else []
+    environment, quiet = {**os.environ, "HF_HUB_OFFLINE": "1"}, subprocess.DEVNULL
+    with subprocess.Popen(command, stdout=quiet, stderr=quiet, env=environment, cwd=cwd) as running:
         try:
             with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
                 yield client
@@ -96,7 +97,7 @@ def ask(client, *servers):
 def stored(tokenizer, share=1.0):
     """Pages of the text, or as large a share of them."""
     tokens = tuple(tokenizer.encode(TEXT, add_special_tokens=False))
-    pages = int(len(tokens) // 16 * share)
+    pages = int(len(tokens) / 16 * share)
     assert pages >= 2
     return KvEvent("stored", tuple(range(1, pages + 1)), None, tokens[: 16 * pages])
 
@@ -144,17 +145,17 @@ def test_a_restart_loses_nothing_that_was_not_running(checkpoint, how):
         client = ending.enter_context(smg(f"127.0.0.1:{port}", options=RETRIES))
         _wait_for_workers(client, 1)
         asked = {"model": "fake", "prompt": "one two", "max_tokens": 100}
-        running = iter(client.completions.create(**asked | {"max_tokens": 300}, stream=True))
-        next(running)
+
+        def reason(answer):
+            *_, last = (piece.choices[0].finish_reason for piece in answer if piece.choices)
+            return last
 
         def ask(stream):
             answer = client.completions.create(**asked, stream=stream)
-            return (
-                [piece.choices[0].finish_reason for piece in answer if piece.choices][-1]
-                if stream
-                else (answer.choices[0].finish_reason)
-            )
+            return reason(answer if stream else [answer])
 
+        running = iter(client.completions.create(**asked | {"max_tokens": 600}, stream=True))
+        next(running)
         pool = ending.enter_context(ThreadPoolExecutor())
         queued = [pool.submit(ask, stream) for stream in (True, False)]
         while first.stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=30).active_requests < 3:
@@ -165,7 +166,7 @@ def test_a_restart_loses_nothing_that_was_not_running(checkpoint, how):
         if how == signal.SIGTERM:
             assert next(changes).status == health_pb2.HealthCheckResponse.NOT_SERVING
             late = pool.submit(ask, True)
-            assert [piece.choices[0].finish_reason for piece in running if piece.choices][-1] == "length"
+            assert reason(running) == "length"
         else:
             with pytest.raises(openai.APIError, match="the engine's process is gone"):
                 list(running)
@@ -202,7 +203,7 @@ def test_who_leaves_before_a_whole_answer_ends_its_request(checkpoint):
     with serving(model_info(checkpoint), pace=0.001) as server, smg(server.address) as client:
         _wait_for_workers(client, 1)
         with pytest.raises(openai.APITimeoutError):
-            client.completions.create(model="fake", prompt="one", max_tokens=90_000, timeout=1)
+            client.completions.create(model="fake", prompt="one", max_tokens=90_000, timeout=5)
         (request,) = server.engine.submitted
         server.engine.wait_until(lambda engine: request.id in engine.cancelled)
 

@@ -1,7 +1,9 @@
 import asyncio
 import contextlib
 import itertools
+from types import SimpleNamespace
 
+import pytest
 from fake_engine import model_info
 
 from jaxmoe.engine.request import Output, SamplingParams
@@ -52,5 +54,29 @@ def test_others_have_their_turn_while_hundreds_of_streams_are_read(checkpoint):
         turns = [len(list(turn)) for read, turn in itertools.groupby(seen, lambda each: each is not None) if read]
         assert max(turns) == WOKEN_TOGETHER
         assert {tuple(tokens) for name, tokens in filter(None, seen) if name == str(STREAMS - 1)} == {(7, 8)}
+
+    asyncio.run(scenario())
+
+
+def test_time_for_which_the_server_was_stopped_is_not_the_engines(checkpoint, monkeypatch):
+    async def scenario():
+        async with remote(model_info(checkpoint), step_timeout=80) as (engine, _):
+            with engine.open("a", streams=True) as stream:
+                engine.submit(stream, [5], SamplingParams(), None)
+                now, phases = engine.last_word, []
+                # In eighths of the limit, but for the once that it comes back late.
+                naps = iter([10, 500, *[10] * 9])
+
+                async def sleep(seconds):
+                    nonlocal now
+                    phases.append(engine.phase)
+                    now += next(naps)
+
+                with monkeypatch.context() as patched:
+                    patched.setattr("jaxmoe.serving.remote_engine.time", SimpleNamespace(monotonic=lambda: now))
+                    patched.setattr("jaxmoe.serving.remote_engine.asyncio", SimpleNamespace(sleep=sleep))
+                    with pytest.raises(RuntimeError, match="StopIteration"):
+                        await engine.watch()
+                assert phases == [Phase.SERVING] * 11 + [Phase.STALLED]
 
     asyncio.run(scenario())
