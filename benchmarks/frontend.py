@@ -1,9 +1,11 @@
-"""What the front end costs: messages a second that it passes on, and what streaming clients do to the engine's steps.
+"""What the front end costs: messages a second that it passes on, how soon it refuses who finds the queue full, and what
+streaming clients do to the engine's steps.
 
     python benchmarks/frontend.py [--streams 1,16,64,256] [--model demo:mixtral] [--clients 64] [--tokens 200]
 
 First an engine that only counts, so that all there is to measure is the way from a step to a client, in messages of one
-token. Then a real engine: the same requests consumed in process, then by as many gRPC streams of another process, by
+token. Then the same with a step every 10 ms, all its places taken, and a further process that asks for one again and
+again. Then a real engine: the same requests consumed in process, then by as many gRPC streams of another process, by
 turns, with the median step of each.
 """
 
@@ -27,21 +29,23 @@ from smg_grpc_proto.generated.vllm_engine_pb2_grpc import VllmEngineStub
 import jaxmoe
 from jaxmoe.engine.request import Output, Request, SamplingParams
 from jaxmoe.serving.engine_loop import serve_engine
-from jaxmoe.serving.link import FrontendConfig, ModelInfo, Ready
+from jaxmoe.serving.link import FrontendConfig, ModelInfo, Ready, Totals
 from jaxmoe.serving.server import Frontend
 
 PROMPT, TURNS = 64, 3
 COUNTED = 400  # tokens of a stream of the engine that only counts
+PACE, REFUSALS = 0.01, 1000
 
 
 class Counting:
-    """One token a step for each request, the next number."""
+    """One token a step for each request, the next number. pace: seconds that a step takes at least."""
 
     statistics = SimpleNamespace(report=lambda: None)
     rebalances = (0, 0, 0, 0, 0)
     last_rebalance = None
 
-    def __init__(self) -> None:
+    def __init__(self, pace: float = 0.0) -> None:
+        self._pace = pace
         self._left: dict[str, int] = {}
         self.last_step = SimpleNamespace(started=(), prefill_tokens=0, sequences=0, device_seconds=0.0)
 
@@ -57,6 +61,7 @@ class Counting:
         return self._left.pop(request_id, None) is not None
 
     def step(self) -> list[Output]:
+        time.sleep(self._pace)
         outputs = []
         for name, left in list(self._left.items()):
             outputs.append(Output(name, (left % 1000,), (0.0,), None if left > 1 else "length"))
@@ -69,8 +74,7 @@ class Counting:
         return []
 
     def counters(self) -> Any:
-        names = ("preemptions", "programs", "late_compiles", "failed_steps", "queried_tokens", "hit_tokens")
-        return SimpleNamespace(compile_seconds=0.0, **dict.fromkeys(names, 0))
+        return Totals()
 
     def clear_prefix_cache(self) -> None: ...
 
@@ -113,7 +117,8 @@ def served(info: ModelInfo) -> Iterator[Frontend]:
         yield frontend
 
 
-def model_info(ranks: int = 1, vocabulary: int = 1000) -> ModelInfo:
+def model_info(vocabulary: int = 1000, places: int = 0) -> ModelInfo:
+    """places: beyond which requests are refused; 0 for no limit."""
     return ModelInfo(
         model_path="",
         served_model_name="benchmark",
@@ -122,8 +127,9 @@ def model_info(ranks: int = 1, vocabulary: int = 1000) -> ModelInfo:
         vocab_size=vocabulary,
         max_context=1 << 20,
         eos_token_ids=(),
-        max_queue=4096,
-        num_ranks=ranks,
+        max_queue=0 if places else 4096,
+        max_running=places,
+        num_ranks=1,
         page_size=16,
     )
 
@@ -154,27 +160,62 @@ def prompt(number: int) -> list[int]:
 
 def by_another_process(engine: Any, info: ModelInfo, streams: int, tokens: int) -> tuple[int, float]:
     """What `_consume` finds there, while this process runs the engine."""
-    with served(info) as frontend:
-        command = [
-            sys.executable,
-            __file__,
-            "--consume",
-            frontend.address,
-            "--clients",
-            str(streams),
-            "--tokens",
-            str(tokens),
-        ]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as client:
-            assert client.stdout is not None
-            loop = threading.Thread(target=serve_engine, args=[engine, frontend.link])
-            loop.start()
-            count, seconds = client.stdout.readline().split()
-        with frontend.signals():  # the first drains, the second ends at once
-            signal.raise_signal(signal.SIGTERM)
-            signal.raise_signal(signal.SIGTERM)
-        loop.join()
+    with (
+        served(info) as frontend,
+        another_process("--consume", frontend.address, streams, tokens) as client,
+        running(engine, frontend),
+    ):
+        count, seconds = client.stdout.readline().split()
     return int(count), float(seconds)
+
+
+def refusals(streams: int, count: int) -> list[float]:
+    """Seconds until each of so many requests is refused that come while all places are taken."""
+    with (
+        served(model_info(places=streams)) as frontend,
+        another_process("--consume", frontend.address, streams, 1 << 19) as client,
+        running(Counting(PACE), frontend),
+        another_process("--ask", frontend.address, streams, count) as asker,
+    ):
+        seconds = [float(each) for each in asker.stdout.readline().split()]
+        client.kill()
+    return seconds
+
+
+def _ask(address: str, streams: int, count: int) -> Iterator[float]:
+    params = pb.SamplingParams(temperature=0, max_tokens=1)
+    request = pb.GenerateRequest(sampling_params=params, tokenized=pb.TokenizedInput(input_ids=prompt(0)))
+    with grpc.insecure_channel(address) as channel:
+        stub = VllmEngineStub(channel)
+        while stub.GetServerInfo(pb.GetServerInfoRequest(), wait_for_ready=True).active_requests < streams:
+            time.sleep(PACE)
+        for _ in range(count):
+            time.sleep(PACE)
+            began = time.perf_counter()
+            try:
+                list(stub.Generate(request))
+            except grpc.RpcError as error:
+                if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
+                    raise
+                yield time.perf_counter() - began
+
+
+@contextmanager
+def another_process(does: str, address: str, streams: int, tokens: int) -> Iterator[Any]:
+    command = [sys.executable, __file__, does, address, "--clients", str(streams), "--tokens", str(tokens)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+
+
+@contextmanager
+def running(engine: Any, frontend: Frontend) -> Iterator[None]:
+    loop = threading.Thread(target=serve_engine, args=[engine, frontend.link])
+    loop.start()
+    yield
+    with frontend.signals():  # the first drains, the second ends at once
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+    loop.join()
 
 
 def in_process(engine: Timed, streams: int, tokens: int) -> None:
@@ -192,14 +233,22 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64, help="of the real engine (%(default)s)")
     parser.add_argument("--tokens", type=int, default=200, help="that each asks for (%(default)s)")
     parser.add_argument("--consume", metavar="ADDRESS", help=argparse.SUPPRESS)
+    parser.add_argument("--ask", metavar="ADDRESS", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.consume:
         print(*asyncio.run(_consume(args.consume, args.clients, args.tokens)))
+        return
+    if args.ask:
+        print(*_ask(args.ask, args.clients, args.tokens))
         return
     print("| streams | messages/s |\n|---|---|")
     for streams in map(int, args.streams.split(",")):
         count, seconds = by_another_process(Counting(), model_info(), streams, COUNTED)
         print(f"| {streams} | {count / seconds:.0f} |", flush=True)
+    print("\n| streams | refused after, ms: p50 | p99 | most |\n|---|---|---|---|")
+    for streams in map(int, args.streams.split(",")):
+        seconds = 1e3 * np.array(refusals(streams, REFUSALS))
+        print(f"| {streams} | " + " | ".join(f"{value:.2f}" for value in np.percentile(seconds, (50, 99, 100))) + " |")
     limits = jaxmoe.EngineConfig(max_batch=args.clients, max_context=PROMPT + args.tokens + 1, max_prefill_tokens=256)
     real = jaxmoe.Engine(jaxmoe.load(args.model), limits)
     info = model_info(vocabulary=real.model.config.vocab_size)

@@ -10,7 +10,7 @@ from google.protobuf.message import Message
 from jaxmoe.serving.proto import admin_pb2 as pb
 from jaxmoe.serving.proto.admin_pb2_grpc import AdminServicer
 from jaxmoe.serving.remote_engine import RemoteEngine
-from jaxmoe.serving.servicer import abort, ordered
+from jaxmoe.serving.status import answer
 
 ADMIN_SERVICE = pb.DESCRIPTOR.services_by_name["Admin"].full_name
 
@@ -72,11 +72,8 @@ class Admin(AdminServicer):
         return pb.DrainResponse(open_requests=self._engine.num_open)
 
     async def _ordered(self, request: Message, response: type[_M], context: Any) -> _M:
-        return await ordered(self._engine, request, response, context)
+        content = self._engine.order(request.DESCRIPTOR.name, request.SerializeToString())
+        return await answer(content, response, context)
 
     async def _table(self, message: type[_M], context: Any, argument: str = "") -> _M:
-        try:
-            content = await self._engine.table(message.DESCRIPTOR.name, argument)
-        except Exception as error:
-            await abort(context, error)
-        return message.FromString(content)
+        return await answer(self._engine.table(message.DESCRIPTOR.name, argument), message, context)

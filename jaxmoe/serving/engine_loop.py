@@ -11,14 +11,7 @@ from typing import Protocol
 
 from jaxmoe.engine.kv_events import KvEventBatch
 from jaxmoe.engine.request import Output, Request
-from jaxmoe.errors import (
-    ConfigError,
-    DuplicateRequestError,
-    InvalidRequestError,
-    JaxmoeError,
-    QueueFullError,
-    UnavailableError,
-)
+from jaxmoe.errors import JaxmoeError, UnavailableError
 from jaxmoe.serving.link import (
     AskLoads,
     AskTable,
@@ -35,6 +28,7 @@ from jaxmoe.serving.link import (
     Outputs,
     RankLoad,
     Rejected,
+    Rejection,
     Report,
     Serving,
     Step,
@@ -43,6 +37,7 @@ from jaxmoe.serving.link import (
     Totals,
     WatchKvEvents,
 )
+from jaxmoe.serving.rejections import rejection
 
 logger = logging.getLogger(__name__)
 
@@ -209,21 +204,12 @@ def serve_engine(
 def _submit(engine: EngineLike, request: Request) -> Rejected | None:
     try:
         engine.submit(request)
-    except InvalidRequestError as error:
-        return Rejected(request.id, "invalid", str(error), error.field)
-    except DuplicateRequestError as error:
-        return Rejected(request.id, "duplicate", str(error))
-    except QueueFullError as error:
-        return Rejected(request.id, "queue_full", str(error))
-    except ConfigError as error:
-        return Rejected(request.id, "precondition", str(error))
     except JaxmoeError as error:
-        return Rejected(request.id, "unavailable", str(error))
+        return Rejected(request.id, rejection(error))
     except Exception:
         logger.exception("the engine failed to take a request")
-        return Rejected(
-            request.id, "internal", "the engine failed to take this request; the server's log has the details"
-        )
+        text = "the engine failed to take this request; the server's log has the details"
+        return Rejected(request.id, Rejection("internal", text))
     return None
 
 
@@ -239,15 +225,12 @@ def _answer(number: int, name: str, make: Callable[[], bytes] | None) -> Table:
         if make is None:
             raise UnavailableError("this engine has no such tables")
         return Table(number, make())
-    except InvalidRequestError as error:
-        return Table(number, kind="invalid", problem=str(error), field=error.field)
-    except ConfigError as error:
-        return Table(number, kind="precondition", problem=str(error))
     except JaxmoeError as error:
-        return Table(number, kind="unavailable", problem=str(error))
+        return Table(number, problem=rejection(error))
     except Exception:
         logger.exception("the answer to %s could not be made", name)
-        return Table(number, kind="internal", problem="the answer could not be made; the server's log has details")
+        text = "the answer could not be made; the server's log has the details"
+        return Table(number, problem=Rejection("internal", text))
 
 
 class _Pace:

@@ -236,13 +236,19 @@ class Outputs(Frame):
 RejectionKind: TypeAlias = Literal["invalid", "precondition", "duplicate", "queue_full", "unavailable", "internal"]
 
 
+class Rejection(msgspec.Struct, frozen=True, array_like=True):
+    """Why something was not done; see `jaxmoe.serving.rejections`. field: of the request, that is at fault."""
+
+    kind: RejectionKind
+    message: str
+    field: str = ""
+
+
 class Rejected(Frame):
     """The engine did not take a request."""
 
     id: str
-    kind: RejectionKind
-    message: str
-    field: str = ""
+    why: Rejection
 
 
 class Loads(Frame):
@@ -250,13 +256,11 @@ class Loads(Frame):
 
 
 class Table(Frame):
-    """content: the serialized message. problem: why there is none; kind: as in `Rejected`."""
+    """content: the serialized message; problem: why there is none."""
 
     number: int
     content: bytes = b""
-    kind: RejectionKind | None = None
-    problem: str = ""
-    field: str = ""
+    problem: Rejection | None = None
 
 
 class KvEvents(Frame):

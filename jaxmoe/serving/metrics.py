@@ -83,13 +83,15 @@ class Metrics:
         self._engine.report = report
 
     def step(self, step: Step, generated: int) -> None:
-        """generated: tokens that it sampled."""
-        if (model := self._model) is not None and step.sequences:
+        """generated: tokens that came with it; an engine that overlaps steps has sampled them in the one before."""
+        if (model := self._model) is None:
+            return
+        model.generation_tokens.inc(generated)
+        if step.sequences:
             model.step_seconds.observe(step.seconds)
             model.host_seconds.observe(max(0.0, step.seconds - step.device_seconds))
             model.batch_size.observe(step.sequences)
             model.step_tokens.observe(step.prefill_tokens + generated)
-            model.generation_tokens.inc(generated)
 
     def tokens(self, timeline: Timeline, count: int, now: float) -> None:
         """`count` tokens of a request have come, in one step; those of its other samples may have come with them."""

@@ -1,4 +1,4 @@
-"""The engine as the front end sees it: live requests, their streams of tokens, and whether it serves.
+"""The engine as the front end sees it: the requests that it works on, and whether it serves.
 
 Runs on one event loop. Imports neither jax nor grpc.
 """
@@ -10,21 +10,12 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 
-from jaxmoe.engine.request import Output, PromptLogprobs, Request, RoutedExperts, SamplingParams, TopLogprobs
-from jaxmoe.errors import (
-    CheckpointError,
-    ConfigError,
-    DuplicateRequestError,
-    InvalidRequestError,
-    QueueFullError,
-    UnavailableError,
-)
+from jaxmoe.engine.request import Output, Request, SamplingParams
+from jaxmoe.errors import CheckpointError, DuplicateRequestError, QueueFullError, UnavailableError
 from jaxmoe.serving.kv_log import KvLog, Told
 from jaxmoe.serving.link import (
-    AskLoads,
     AskTable,
     Cancel,
     ClearPrefixCache,
@@ -44,25 +35,20 @@ from jaxmoe.serving.link import (
     Step,
     Submit,
     Table,
-    ToEngine,
     ToFrontend,
     WatchKvEvents,
 )
-from jaxmoe.serving.logs import fields
-from jaxmoe.serving.metrics import Metrics, Timeline
+from jaxmoe.serving.metrics import Metrics
+from jaxmoe.serving.questions import Questions
+from jaxmoe.serving.rejections import EngineFailedError, exception
+from jaxmoe.serving.request_log import Caller, SpanRecorder, tell_ended
+from jaxmoe.serving.streams import Stream
 from jaxmoe.serving.tokenization import AnswerText, Tokenizer, read_files
 
 logger = logging.getLogger(__name__)
 
-_LOADS_TIMEOUT = 5.0
 
-
-class EngineFailedError(Exception):
-    """The engine failed while it worked on a request."""
-
-
-class SlowReaderError(Exception):
-    """A client reads its stream more slowly than tokens come, and too many wait for it."""
+WOKEN_TOGETHER = 16  # less than a millisecond of writing
 
 
 class Phase(enum.Enum):
@@ -71,196 +57,6 @@ class Phase(enum.Enum):
     STALLED = "stalled"
     DRAINING = "draining"
     ENDED = "ended"
-
-
-class Caller(NamedTuple):
-    """Who sent a request. key: what tells callers apart. trace: the headers by which it takes part in a trace."""
-
-    key: str = ""
-    trace: Mapping[str, str] = {}
-
-
-class SpanRecorder(Protocol):
-    """Records requests that have ended; `jaxmoe.serving.tracing.Tracer` is one."""
-
-    def span(
-        self, carrier: Mapping[str, str], timeline: Timeline, request_id: str, model: str, reason: str
-    ) -> str | None: ...
-
-
-class Finish(NamedTuple):
-    """Why a stream ended: reason is "stop", "length" or "abort"; the rest says what stopped it."""
-
-    reason: str
-    stop_token: int | None = None
-    stop_string: str | None = None
-
-
-class Piece(NamedTuple):
-    """What came of one sample since its last piece; see `jaxmoe.engine.request.Output`. finish: set on the last one."""
-
-    sample: int
-    token_ids: list[int]
-    logprobs: list[float]
-    top_logprobs: list[TopLogprobs]
-    prompt_logprobs: PromptLogprobs | None
-    routed: RoutedExperts | None
-    finish: Finish | None
-
-
-class Sample:
-    """What came of one sample of an answer and has not been read. answer: finds stop strings, if there are any."""
-
-    def __init__(self, answer: AnswerText | None) -> None:
-        self._answer = answer
-        self.tokens: list[int] = []
-        self.logprobs: list[float] = []
-        self.top: list[TopLogprobs] = []
-        self.prompt: PromptLogprobs | None = None
-        self.routed: RoutedExperts | None = None
-        self.finish: Finish | None = None
-
-    def push(self, output: Output) -> None:
-        count = len(output.token_ids)
-        if output.finish_reason is not None:
-            self.finish = Finish(output.finish_reason, output.stop_token)
-        if self._answer is not None:
-            for n, token in enumerate(output.token_ids, 1):
-                self._answer.push([token])
-                if self._answer.stopped:
-                    count, self.finish = n, Finish("stop", stop_string=self._answer.stop_string)
-                    break
-        self.tokens += output.token_ids[:count]
-        self.logprobs += output.logprobs[:count]
-        self.top += output.top_logprobs[:count]
-        if output.prompt_logprobs is not None:
-            self.prompt = output.prompt_logprobs
-        if output.routed_experts is not None:
-            self._add_routed(output.routed_experts, len(output.token_ids) - count)
-
-    def _add_routed(self, told: RoutedExperts, over: int) -> None:
-        """over: tokens that came after a stop string."""
-        experts = told.experts[: len(told.experts) - 2 * told.layers * told.k * over]
-        before = self.routed
-        self.routed = (
-            told._replace(experts=experts) if before is None else before._replace(experts=before.experts + experts)
-        )
-
-    def take(self, index: int) -> Piece:
-        piece = Piece(index, self.tokens, self.logprobs, self.top, self.prompt, self.routed, self.finish)
-        self.tokens, self.logprobs, self.top, self.prompt, self.routed = [], [], [], None, None
-        return piece
-
-
-class Stream:
-    """One request's tokens on their way to its reader.
-
-    answers: one for each sample. Stop strings end it, with the token that completes the first of them.
-    max_backlog: fails with SlowReaderError once more tokens than this wait to be read; None for no limit.
-    """
-
-    def __init__(
-        self,
-        request_id: str,
-        key: str,
-        *,
-        answers: Sequence[AnswerText | None] = (None,),
-        max_backlog: int | None = None,
-    ) -> None:
-        self.request_id = request_id
-        self.key = key  # its name at the engine
-        self.rank: int | None = None  # that it is pinned to
-        self.timeline = Timeline(time.monotonic())
-        self._samples = [Sample(answer) for answer in answers]
-        self._unread: dict[int, None] = {}  # samples of which something waits to be read, in order
-        self._max_backlog = max_backlog
-        self._error: Exception | None = None
-        self._news = asyncio.Event()
-        self._scope: asyncio.Timeout | None = None
-        self._patience: asyncio.TimerHandle | None = None
-
-    @property
-    def reason(self) -> str:
-        """Why it ended: one of `metrics.REASONS`; "abort" if its reader left before."""
-        if self._error is not None:
-            return "error"
-        finish = self._samples[-1].finish
-        return finish.reason if finish is not None else "abort"
-
-    @property
-    def finished(self) -> bool:
-        """All samples have come to their ends."""
-        return all(sample.finish is not None for sample in self._samples)
-
-    @property
-    def ended(self) -> bool:
-        return self._error is not None or self.finished
-
-    def push(self, output: Output) -> bool:
-        """Whether this ends the sample although the engine would go on with it."""
-        sample = self._samples[output.index]
-        if self._error is not None or sample.finish is not None:
-            return False
-        sample.push(output)
-        self._unread[output.index] = None
-        waiting = sum(len(each.tokens) for each in self._samples)
-        if self._max_backlog is not None and waiting > self._max_backlog:
-            self._cut(f"{waiting} tokens of this stream wait to be read; read faster, or do not stream")
-        self._news.set()
-        return sample.finish is not None and output.finish_reason is None
-
-    def abort(self) -> None:
-        for index, sample in enumerate(self._samples):
-            if sample.finish is None:
-                sample.finish = Finish("abort")
-                self._unread[index] = None
-        self._news.set()
-
-    def fail(self, error: Exception) -> None:
-        if not self.ended:
-            self._error = error
-            self._news.set()
-
-    @contextlib.asynccontextmanager
-    async def reading(self) -> AsyncIterator[None]:
-        """Breaks off what the block does, a write that waits for the client too, once its client is too slow a reader.
-
-        Raises SlowReaderError then.
-        """
-        try:
-            async with asyncio.timeout(None) as self._scope:
-                yield
-        except TimeoutError:
-            assert self._error is not None
-            raise self._error from None
-        finally:
-            self._scope = None
-            if self._patience is not None:
-                self._patience.cancel()
-
-    def expect_reader(self, seconds: float) -> None:
-        """It has ended: what is left of it is to be read within this time."""
-        if self._scope is not None and self._error is None:
-            text = f"this answer has not been read within {seconds:g} s of its end; read faster"
-            self._patience = asyncio.get_running_loop().call_later(seconds, self._cut, text)
-
-    def _cut(self, text: str) -> None:
-        self._error = SlowReaderError(text)
-        for index, sample in enumerate(self._samples):
-            sample.take(index)
-        if self._scope is not None:
-            self._scope.reschedule(0)
-
-    async def read(self) -> Piece:
-        """Waits until something has come. Raises the error that ended the stream, if one did."""
-        while not self._unread and self._error is None:
-            self._news.clear()
-            await self._news.wait()
-        if self._error is not None:
-            raise self._error
-        index = next(iter(self._unread))
-        del self._unread[index]
-        return self._samples[index].take(index)
 
 
 class RemoteEngine:
@@ -283,6 +79,7 @@ class RemoteEngine:
         max_client_requests: int = 0,
     ) -> None:
         self.link = FrontendLink(self._receive, self._lost)
+        self._questions = Questions(lambda frame: self.link.send(frame))
         self.phase = Phase.STARTING
         self.reason = "starting: the model is being loaded"
         self.phase_changed = asyncio.Event()
@@ -302,13 +99,13 @@ class RemoteEngine:
         self._open: dict[str, Stream] = {}  # by the client's id
         self._live: dict[str, Stream] = {}  # by key; the engine works on them
         self._keys = itertools.count()
+        self._to_wake: dict[Stream, None] = {}  # in order; what comes meanwhile is read together
+        self._waking = False
         self._idle = asyncio.Event()
         self._idle.set()
         self.last_word = time.monotonic()
         self._reported: tuple[list[RankLoad], float] = ([], self.last_word)
-        self._loads: asyncio.Future[list[RankLoad]] | None = None
         self._kv_log: KvLog | None = None
-        self._tables: dict[int, asyncio.Future[bytes]] = {}
         self._loading: asyncio.Task[None] | None = None
 
     @property
@@ -370,7 +167,8 @@ class RemoteEngine:
             self._by_caller[caller.key] -= 1
             if not self._by_caller[caller.key]:
                 del self._by_caller[caller.key]
-            self._record(stream, caller)
+            name = "" if self._info is None else self._info.served_model_name
+            tell_ended(stream, caller, self.metrics, self.tracer, name)
             if not self._open:
                 self._idle.set()
 
@@ -391,6 +189,7 @@ class RemoteEngine:
         streams = [self._open[request_id] for request_id in request_ids if request_id in self._open]
         for stream in streams:
             stream.abort()
+            stream.expect_reader(self._read_timeout)
         self._withdraw(streams)
 
     def waiting_tokens(self, num_ranks: int) -> list[int]:
@@ -426,23 +225,18 @@ class RemoteEngine:
 
     async def loads(self) -> list[RankLoad]:
         """What each attention rank carries now. Raises UnavailableError if the engine does not say."""
-        if self._info is None or self.phase is Phase.ENDED:
-            raise UnavailableError(self.reason)
-        if self._loads is None:
-            self._loads = asyncio.get_running_loop().create_future()
-            self.link.send(AskLoads())
-        try:
-            return await asyncio.wait_for(asyncio.shield(self._loads), _LOADS_TIMEOUT)
-        except TimeoutError:
-            raise UnavailableError(f"the engine has not reported its loads within {_LOADS_TIMEOUT:g} s") from None
+        self._check_ready()
+        return await self._questions.loads()
 
     async def table(self, name: str, argument: str = "") -> bytes:
         """A message of `jaxmoe.v1`, serialized, that the engine's process makes; that may take it seconds."""
-        return await self._answered(lambda number: AskTable(number, name, argument))
+        self._check_ready()
+        return await self._questions.ask(lambda number: AskTable(number, name, argument))
 
     async def order(self, name: str, content: bytes) -> bytes:
         """What the engine answers to a message; it does so between two steps."""
-        return await self._answered(lambda number: Order(number, name, content))
+        self._check_ready()
+        return await self._questions.ask(lambda number: Order(number, name, content))
 
     async def clear_prefix_cache(self, timeout: float) -> bool:
         """Waits so many seconds until no request is open; whether the cache was cleared then."""
@@ -451,7 +245,8 @@ class RemoteEngine:
                 await asyncio.wait_for(self._idle.wait(), timeout)
             except TimeoutError:
                 return False
-        await self._answered(ClearPrefixCache)
+        self._check_ready()
+        await self._questions.ask(ClearPrefixCache)
         return True
 
     async def kv_events(self, start: int, pause: float) -> AsyncGenerator[Told | None, None]:
@@ -476,18 +271,6 @@ class RemoteEngine:
                 except TimeoutError:
                     yield None
 
-    async def _answered(self, ask: Callable[[int], ToEngine]) -> bytes:
-        """What the engine answers to a frame with a number."""
-        if self._info is None or self.phase is Phase.ENDED:
-            raise UnavailableError(self.reason)
-        number = next(self._keys)
-        self._tables[number] = asyncio.get_running_loop().create_future()
-        self.link.send(ask(number))
-        try:
-            return await self._tables[number]
-        finally:
-            del self._tables[number]
-
     async def drain(self, timeout: float) -> None:
         """Takes no more requests, and returns when none is open or `timeout` seconds have passed."""
         self._turn(Phase.DRAINING, "draining: this server is shutting down")
@@ -507,7 +290,11 @@ class RemoteEngine:
     async def watch(self) -> None:
         """Never returns: looks after the step timeout."""
         while True:
+            before = time.monotonic()
             await asyncio.sleep(self._step_timeout / 8)
+            if time.monotonic() - before > self._step_timeout / 2:
+                # This process was held up, and so was the engine's: a machine or a group of processes that was stopped.
+                self.last_word = time.monotonic()
             if self._live and time.monotonic() - self.last_word > self._step_timeout:
                 self.metrics.stalled()
                 reason = f"the engine has not finished a step in {self._step_timeout:g} s"
@@ -526,23 +313,14 @@ class RemoteEngine:
             case Report(ranks):
                 self._reported = (ranks, self.last_word)
                 self.metrics.report(frame)
-            case Rejected(key, kind, message, field):
+            case Rejected(key, why):
                 if stream := self._live.pop(key, None):
-                    stream.fail(_rejection(kind, message, field))
-            case Loads(ranks):
-                if self._loads is not None and not self._loads.done():
-                    self._loads.set_result(ranks)
-                self._loads = None
+                    stream.fail(exception(why))
+            case Loads() | Table():
+                self._questions.answered(frame)
             case KvEvents(batches):
                 if self._kv_log is not None:
                     self._kv_log.take(batches)
-            case Table(number, content, kind, problem, field):
-                asked = self._tables.get(number)
-                if asked is not None and not asked.done():
-                    if kind is None:
-                        asked.set_result(content)
-                    else:
-                        asked.set_exception(_rejection(kind, problem, field))
             case Progress(text):
                 self._turn(self.phase, f"starting: {text}")
             case Ready(info):
@@ -567,6 +345,7 @@ class RemoteEngine:
                 stream.fail(EngineFailedError(output.error))
             else:
                 stopped_early = stream.push(output)
+                self._to_wake[stream] = None
             stream.timeline.cached_tokens = max(stream.timeline.cached_tokens, output.cached_tokens)
             self.metrics.tokens(stream.timeline, len(output.token_ids), now)
             if stream.ended:
@@ -579,35 +358,26 @@ class RemoteEngine:
             elif stopped_early:
                 self.link.send(Cancel([stream.key], output.index))
         self._withdraw(stopped)
+        if not self._waking:
+            self._wake_some()
+
+    def _wake_some(self) -> None:
+        """Lets a few readers write, and the others after whatever else has come by then.
+
+        Who asks for something, and be it in vain, does not wait until hundreds of streams have been written.
+        """
+        for stream in list(itertools.islice(self._to_wake, WOKEN_TOGETHER)):
+            del self._to_wake[stream]
+            stream.wake()
+        self._waking = bool(self._to_wake)
+        if self._waking:
+            asyncio.get_running_loop().call_soon(self._wake_some)
 
     def _withdraw(self, streams: Iterable[Stream]) -> None:
         """The engine need not work on these any longer."""
         keys = [stream.key for stream in streams if self._live.pop(stream.key, None)]
         if keys:
             self.link.send(Cancel(keys))
-
-    def _record(self, stream: Stream, caller: Caller) -> None:
-        """Tells metrics, traces and the log that a request has ended."""
-        timeline, reason, trace = stream.timeline, stream.reason, None
-        if timeline.ended is None:
-            timeline.ended = time.monotonic()
-        self.metrics.ended(timeline, reason)
-        if self.tracer is not None and self._info is not None:
-            name = self._info.served_model_name
-            trace = self.tracer.span(caller.trace, timeline, stream.request_id, name, reason)
-        if logger.isEnabledFor(logging.INFO):
-            first = None if timeline.first is None else round(timeline.first - timeline.arrived, 6)
-            told = fields(
-                request_id=stream.request_id,
-                trace_id=trace,
-                finish_reason=reason,
-                prompt_tokens=timeline.prompt_tokens,
-                cached_tokens=timeline.cached_tokens,
-                completion_tokens=timeline.tokens,
-                time_to_first_token=first,
-                seconds=round(timeline.ended - timeline.arrived, 6),
-            )
-            logger.info("request ended", extra=told)
 
     async def _begin(self, info: ModelInfo) -> None:
         try:
@@ -630,14 +400,13 @@ class RemoteEngine:
     def _fail_all(self, error: Exception) -> None:
         for stream in self._open.values():
             stream.fail(error)
+            stream.expect_reader(self._read_timeout)
         self._withdraw(list(self._live.values()))
-        if self._loads is not None and not self._loads.done():
-            self._loads.set_exception(error)
-            self._loads.exception()  # asked for, lest it be logged where nobody waits
+        self._questions.fail(error)
 
-        for asked in self._tables.values():
-            if not asked.done():
-                asked.set_exception(error)
+    def _check_ready(self) -> None:
+        if self._info is None or self.phase is Phase.ENDED:
+            raise UnavailableError(self.reason)
 
     def _turn(self, phase: Phase, reason: str) -> None:
         self.phase, self.reason = phase, reason
@@ -646,18 +415,3 @@ class RemoteEngine:
             self.ended.set()
             if self._kv_log is not None:
                 self._kv_log.changed.set()
-
-
-def _rejection(kind: str, message: str, field: str) -> Exception:
-    match kind:
-        case "invalid":
-            return InvalidRequestError(message, field)
-        case "precondition":
-            return ConfigError(message)
-        case "duplicate":
-            return DuplicateRequestError(message)
-        case "queue_full":
-            return QueueFullError(message)
-        case "unavailable":
-            return UnavailableError(message)
-    return EngineFailedError(message)

@@ -19,7 +19,9 @@ import fuzzing
 import grpc
 import openai
 import pytest
+from fake_engine import model_info
 from google.rpc import error_details_pb2, status_pb2
+from harness import generate_request, serving
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from smg_grpc_proto.generated import common_pb2
@@ -35,6 +37,7 @@ GRPCURL = Path(sys.executable).with_name("grpcurl")
 SERVICE = "vllm.grpc.engine.VllmEngine"
 MAX_BATCH, MAX_QUEUE, RANKS, CONTEXT = 2, 4, 4, 512
 AT_ONCE = 8  # requests of any kind
+PREFILL = 60  # seconds; a server as grpc sets it up breaks off after 50
 BROKEN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL)
 TALK = [{"role": "user", "content": "Who art thou?"}]
 
@@ -91,14 +94,36 @@ class Service:
             next(calls[-1])
         return calls
 
+    def open_requests(self):
+        return self.stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=30).active_requests
+
     def wait_for_requests(self, count):
-        while self.stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=30).active_requests < count:
+        while self.open_requests() < count:
             pass
 
     def wait_until_free(self):
         deadline = time.monotonic() + 60
         while self.used_tokens():
             assert time.monotonic() < deadline
+
+
+@pytest.fixture(scope="module", autouse=True)
+def long_prefill(tmp_path_factory):
+    """A call of which nothing comes while the other tests run, though its client pings, and what ends it."""
+    with serving(model_info(tmp_path_factory.mktemp("no checkpoint")), step_timeout=3600) as server:
+        server.engine.gate.clear()
+        pings = {"keepalive_time_ms": 10_000, "keepalive_permit_without_calls": 1, "http2.max_pings_without_data": 0}
+        with grpc.insecure_channel(
+            server.address, [(f"grpc.{name}", value) for name, value in pings.items()]
+        ) as channel:
+            call, began = VllmEngineStub(channel).Generate(generate_request([5], max_tokens=1)), time.monotonic()
+
+            def end():
+                threading.Event().wait(began + PREFILL - time.monotonic())
+                server.engine.gate.set()
+                return list(call)
+
+            yield end
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +222,16 @@ def test_health_as_a_prober_asks(service):
         ({}, "InvalidArgument", "input"),
         ({"text": "x", "sampling_params": {"top_p": 2}}, "InvalidArgument", "sampling_params.top_p"),
         ({"text": "x", "data_parallel_rank": 4}, "InvalidArgument", "data_parallel_rank"),
+        (
+            {"text": "x", "sampling_params": {"json_schema": '{"not": {"type": "null"}}'}},
+            "InvalidArgument",
+            "sampling_params.json_schema",
+        ),
+        (
+            {"text": "x", "kv_transfer_params_json": '{"do_remote_decode": true}'},
+            "InvalidArgument",
+            "kv_transfer_params_json",
+        ),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -254,7 +289,9 @@ def test_however_a_request_is_left_its_pages_are_free_again(service, way):
             with pytest.raises(grpc.RpcError) as error:
                 list(call)
             assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    service.wait_until_free()
+    while service.open_requests():
+        pass
+    assert service.used_tokens() == 0  # the first that is told since has none of it
 
 
 def test_a_queued_request_that_is_aborted_never_runs(service):
@@ -437,10 +474,10 @@ def test_openai_passes_tools_through(client):
     told = client.chat.completions.create(**asked, tool_choice="auto").choices[0]
     assert told.message.content or told.message.tool_calls
     # A weak model calls a function if it must: by a grammar that the gateway makes of the tools.
-    choice = {"type": "function", "function": {"name": "count"}}
-    (call,) = client.chat.completions.create(**asked, tool_choice=choice).choices[0].message.tool_calls
-    assert call.function.name == "count"
-    assert isinstance(json.loads(call.function.arguments)["n"], int)
+    for choice in ("required", {"type": "function", "function": {"name": "count"}}):
+        (call,) = client.chat.completions.create(**asked, tool_choice=choice).choices[0].message.tool_calls
+        assert call.function.name == "count"
+        assert isinstance(json.loads(call.function.arguments)["n"], int)
 
 
 def test_top_and_the_client_see_the_same_server(service):
@@ -524,6 +561,14 @@ def test_openai_gets_samples_with_log_probabilities(client):
     for choice in choices:
         assert 0 < len(choice.logprobs.content) <= 6
         assert all(len(each.top_logprobs) == 3 for each in choice.logprobs.content)
+    pieces = list(client.chat.completions.create(**asked, n=2, logprobs=True, stream=True))
+    for index, choice in enumerate(choices):
+        own = [piece.choices[0] for piece in pieces if piece.choices and piece.choices[0].index == index]
+        assert "".join(each.delta.content or "" for each in own) == choice.message.content
+        told = [each for piece in own if piece.logprobs for each in piece.logprobs.content]
+        assert [each.logprob for each in told] == pytest.approx(
+            [each.logprob for each in choice.logprobs.content], abs=1e-4
+        )
 
 
 def test_a_prompt_that_was_asked_before_is_found_until_the_cache_is_flushed(service):
@@ -607,3 +652,8 @@ def test_sixty_four_openai_clients_at_once(client):
         answers = list(pool.map(ask, range(64)))
     assert len({answers[n] for n in range(0, 64, 7)}) == 1
     assert all(answers)
+
+
+def test_a_client_that_pings_sees_a_long_prefill_through(long_prefill):
+    (answer,) = long_prefill()
+    assert answer.complete.output_ids == [5]

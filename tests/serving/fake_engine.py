@@ -43,8 +43,9 @@ class Live:
 
 
 class FakeEngine:
-    """pace: seconds a step takes. gate: steps wait for it.
+    """pace: seconds a step takes. gate: steps wait for it; held: one does. steps: begun so far.
 
+    cancelled: ids, or ids and samples, in order. cancelled_after: so many steps had begun when the last one came.
     crash: the next step raises. failing: it fails and says so, and the engine goes on.
     """
 
@@ -59,6 +60,8 @@ class FakeEngine:
         self.flushes = 0
         self.kv_batches = []
         self.cancelled = []
+        self.steps = self.cancelled_after = 0
+        self.held = False
         self.refusal = None
         self._news = threading.Condition()
         self._live = {}
@@ -95,6 +98,7 @@ class FakeEngine:
     def cancel(self, request_id, index=None):
         with self._news:
             self.cancelled.append(request_id if index is None else (request_id, index))
+            self.cancelled_after = self.steps
             self._waiting = [live for live in self._waiting if live.request.id != request_id]
             found = [key for key in self._live if key[0] == request_id and index in (None, key[1])]
             for key in found:
@@ -104,6 +108,10 @@ class FakeEngine:
         return bool(found)
 
     def step(self):
+        with self._news:
+            self.steps += 1
+            self.held = not self.gate.is_set()
+            self._news.notify_all()
         self.gate.wait()
         if self.pace:
             threading.Event().wait(self.pace)

@@ -1,4 +1,6 @@
-"""A whole server round a fake engine, for tests of its life: `python fake_server.py TOKENIZER_DIRECTORY PACE`.
+"""A whole server round a fake engine, for tests of its life.
+
+`python fake_server.py TOKENIZER_DIRECTORY PACE DRAIN_TIMEOUT PORT MAX_RUNNING`.
 
 Prints its address, waits for a line to build the engine, and prints "ready". A prompt token of 13 crashes the engine.
 """
@@ -23,7 +25,7 @@ def build_engine(report):
     print("building", flush=True)
     if sys.stdin.readline().strip() == "fail":
         raise CheckpointError("the checkpoint is not there")
-    info = model_info(sys.argv[1])
+    info = model_info(sys.argv[1], max_running=int(sys.argv[5]))
     return Served(Crashing(info, pace=float(sys.argv[2])), info)
 
 
@@ -36,7 +38,7 @@ if __name__ == "__main__":
     try:
         code = run(
             build_engine,
-            ServerConfig(port=0, drain_timeout=float(sys.argv[3])),
+            ServerConfig(port=int(sys.argv[4]), drain_timeout=float(sys.argv[3])),
             on_bound=lambda bound: say(bound.address),
             on_ready=lambda address: say("ready"),
         )

@@ -70,8 +70,8 @@ def serving(info, *, pace=0.0, step_timeout=120.0, max_backlog=16384, tables=Non
     """options: further fields of FrontendConfig."""
     config = FrontendConfig(
         host="127.0.0.1",
-        port=0,
-        reflection=True,
+        port=options.pop("port", 0),
+        reflection=options.pop("reflection", True),
         drain_timeout=5,
         step_timeout=step_timeout,
         max_backlog=max_backlog,
@@ -111,10 +111,10 @@ def tls(pki, **options):
 class Process:
     """A server in a process of its own, as `jaxmoe.serve` runs it."""
 
-    def __init__(self, checkpoint, pace, drain_timeout=30.0):
+    def __init__(self, checkpoint, pace, drain_timeout, port, max_running):
         script = pathlib.Path(__file__).with_name("fake_server.py")
         self.popen = subprocess.Popen(
-            [sys.executable, script, checkpoint, str(pace), str(drain_timeout)],
+            [sys.executable, script, checkpoint, *map(str, (pace, drain_timeout, port, max_running))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -155,8 +155,8 @@ class Process:
 
 
 @contextlib.contextmanager
-def process(checkpoint, pace=0.001, drain_timeout=30.0):
-    server = Process(checkpoint, pace, drain_timeout)
+def process(checkpoint, pace=0.001, drain_timeout=30.0, port=0, max_running=96):
+    server = Process(checkpoint, pace, drain_timeout, port, max_running)
     try:
         yield server
     finally:

@@ -45,14 +45,16 @@ def test_both_clients_answer_alike(server, tokenizer):
                 client.generate([40, 41], max_tokens=3).token_ids,
                 client.chat(TALK, max_tokens=5).token_ids,
                 [token for delta in client.stream_chat(TALK, max_tokens=5) for token in delta.token_ids],
+                client.score([40, 41, 42]).logprobs,
             )
             for client in clients
         ]
     assert answers[0] == answers[1]
-    answer, streamed, stopped, tokens, said, said_in_pieces = answers[0]
+    answer, streamed, stopped, tokens, said, said_in_pieces, logprobs = answers[0]
     assert (answer.text, answer.finish_reason) == (streamed, "length")
     assert stopped == "one two three "
     assert tokens == (40, 41, 40)
+    assert logprobs == (None, -1.0, -2.0)
     assert list(said) == said_in_pieces == tokenizer.encode_chat(TALK)[:5]
 
 

@@ -8,7 +8,7 @@ from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 
 from jaxmoe.engine.request import Constraint, SamplingParams
 from jaxmoe.errors import InvalidRequestError, QueueFullError
-from jaxmoe.serving.servicer import _HONOURED, _LEFT_TO_CLIENT
+from jaxmoe.serving.generate_request import HONOURED, LEFT_TO_CLIENT
 
 PROMPT = [40, 41, 42, 43, 44]
 
@@ -180,6 +180,11 @@ def test_truncation_keeps_the_last_tokens_of_the_prompt(server):
     assert server.engine.submitted[-1].prompt == (97, 98, 99)
 
 
+def test_a_prompt_of_eight_megabytes_is_taken(server):
+    list(server.generate([300] * 4_200_000, max_tokens=1, truncate_prompt_tokens=3))
+    assert server.engine.submitted[-1].prompt == (300, 300, 300)
+
+
 def test_an_abort_ends_the_stream_and_reaches_the_engine(server):
     call = server.generate(PROMPT, stream=True, request_id="to abort")
     next(call)
@@ -216,19 +221,16 @@ def test_a_deadline_reaches_the_engine(server, stream):
 
 
 def test_a_request_whose_deadline_passes_in_the_queue_never_begins(checkpoint):
-    with serving(model_info(checkpoint)) as server:
+    with serving(model_info(checkpoint, max_running=1), pace=0.001) as server:
         running = server.generate(PROMPT, stream=True)
         next(running)
-        server.engine.gate.clear()
         assert server.refusal(PROMPT, timeout=0.3).code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        while server.stub.GetServerInfo(pb.GetServerInfoRequest()).active_requests > 1:
-            pass
-        server.engine.gate.set()
-        server.engine.wait_until(lambda engine: len(engine.cancelled) == 1)
-        (key,) = server.engine.cancelled
-        assert key == server.engine.submitted[-1].id
-        assert key not in server.engine.begun
+        server.engine.wait_until(lambda engine: engine.cancelled)
         running.cancel()
+        server.engine.wait_until(lambda engine: not engine.has_work)
+        first, late = (request.id for request in server.engine.submitted)
+        assert server.engine.cancelled == [late, first]
+        assert server.engine.begun == [first]
 
 
 def test_everything_is_free_again_after_a_cancel(server):
@@ -254,7 +256,7 @@ def test_a_live_id_is_taken_and_free_again_afterwards(server):
 
 
 def test_every_sampling_field_is_honoured_or_left_to_the_client():
-    assert {field.name for field in pb.SamplingParams.DESCRIPTOR.fields} == _HONOURED | _LEFT_TO_CLIENT
+    assert {field.name for field in pb.SamplingParams.DESCRIPTOR.fields} == HONOURED | LEFT_TO_CLIENT
 
 
 def test_a_field_of_a_later_protocol_is_refused_by_its_number(server):
@@ -285,7 +287,7 @@ def test_an_input_that_is_not_supported_is_refused_by_name(server, fields):
 
 def test_values_that_ask_for_nothing_pass(server):
     fields = {"n": 1, "repetition_penalty": 1.0, "min_p": 0.0, "stop": [], "logprobs": 0, "json_object": False}
-    harmless = dict.fromkeys(_LEFT_TO_CLIENT, True)
+    harmless = dict.fromkeys(LEFT_TO_CLIENT, True)
     _, whole = chunks_and_complete(
         server.generate(PROMPT, max_tokens=2, kv_transfer_params_json="", **fields, **harmless)
     )
@@ -399,18 +401,28 @@ def test_a_reader_that_falls_behind_is_cut_off(checkpoint):
         assert "read faster" in error.value.details()
 
 
-def test_an_answer_that_nobody_reads_is_not_kept(checkpoint):
-    with serving(model_info(checkpoint), read_timeout=0.2) as server:
+@pytest.mark.parametrize("end", ["length", "abort", "stall"])
+def test_an_answer_that_nobody_reads_is_not_kept(checkpoint, end):
+    limits = {"read_timeout": 0.2, "max_backlog": 10**9, "step_timeout": 0.5}
+    with serving(model_info(checkpoint, max_context=10**8), **limits) as server:
         small_window = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16384)]
         with grpc.insecure_channel(server.address, options=small_window) as channel:
-            fields = {"stream": True, "logprobs": 1, "max_tokens": 10_000}
+            fields = {"stream": True, "logprobs": 1, "request_id": "unread"}
+            if end == "length":
+                fields["max_tokens"] = 10_000
             call = type(server.stub)(channel).Generate(generate_request(PROMPT, **fields), timeout=60)
-            while server.stub.GetServerInfo(pb.GetServerInfoRequest()).active_requests or not server.engine.submitted:
+            server.engine.wait_until(lambda engine: engine.generated >= 10_000)
+            if end == "abort":
+                server.stub.Abort(pb.AbortRequest(request_ids=["unread"]), timeout=30)
+            elif end == "stall":
+                server.engine.gate.clear()
+            while server.stub.GetServerInfo(pb.GetServerInfoRequest()).active_requests:
                 pass
             with pytest.raises(grpc.RpcError) as error:
                 list(call)
-        assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert "within 0.2 s of its end" in error.value.details()
+        told = ("UNAVAILABLE", "a step") if end == "stall" else ("RESOURCE_EXHAUSTED", "within 0.2 s of its end")
+        assert error.value.code().name == told[0]
+        assert told[1] in error.value.details()
 
 
 def test_without_a_tokenizer_tokens_are_served_and_text_is_refused(tmp_path):

@@ -31,6 +31,15 @@ def of_model(samples, name, **labels):
     return samples[(name, *sorted((MODEL | labels).items()))]
 
 
+def test_tokens_that_come_after_the_last_step_are_counted(checkpoint):
+    metrics = Metrics()
+    metrics.begin(model_info(checkpoint))
+    metrics.step(Step(0.0, 0.1, 0.1, ("a",), 3, 1), 0)
+    metrics.step(Step(0.1, 0.1, 0.1, (), 0, 0), 1)
+    told = {sample.name: sample.value for sample in metrics.samples() if not sample.labels.keys() - MODEL.keys()}
+    assert told["vllm:generation_tokens_total"] == told["jaxmoe:step_seconds_count"] == 1
+
+
 def test_a_scrape_tells_what_was_served(checkpoint):
     with serving(model_info(checkpoint), metrics_port=0) as server:
         list(server.generate([5, 6, 7], max_tokens=10))

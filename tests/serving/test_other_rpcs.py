@@ -27,6 +27,13 @@ def test_reflection_lists_and_describes_the_services(server):
             Descriptors().FindFileContainingSymbol(symbol)
 
 
+def test_reflection_is_off_where_it_is_not_wanted(checkpoint):
+    with serving(model_info(checkpoint), reflection=False) as server:
+        with pytest.raises(grpc.RpcError) as error:
+            ProtoReflectionDescriptorDatabase(server.channel).get_services()
+        assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
 def test_model_info(checkpoint):
     info = model_info(checkpoint, default_sampling_params={"temperature": 0.7})
     with serving(info) as server:
