@@ -46,7 +46,8 @@ class PagedContext(NamedTuple):
     @property
     def in_use(self) -> Int[Array, "R"] | None:
         """How many of a rank's rows are not padding, if that comes last."""
-        return None if self.pieces is None else self.pieces.begins[:, -1]
+        # The last, and so the largest: of a slice, JAX 0.12 forgets over which ranks it is spread.
+        return None if self.pieces is None else jnp.max(self.pieces.begins, axis=-1)
 
 
 def cache_vectors(config: ModelConfig, platform: str = "cpu") -> tuple[tuple[int, ...], ...]:

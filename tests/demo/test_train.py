@@ -62,36 +62,41 @@ RECIPE = Recipe(
 )
 
 
-@pytest.fixture
-def texts(monkeypatch):
+@pytest.fixture(scope="module")
+def texts():
     """Two domains that a tiny model can learn to tell apart."""
-    for family, tiny in TINY.items():
-        monkeypatch.setitem(train.CONFIGS, family, {**train.CONFIGS[family], **tiny})
     up = np.tile(np.arange(3, 33, dtype=np.uint16), 20)
-    return {"up": up, "down": up[::-1].copy()}
+    with pytest.MonkeyPatch.context() as patch:
+        for family, tiny in TINY.items():
+            patch.setitem(train.CONFIGS, family, {**train.CONFIGS[family], **tiny})
+        yield {"up": up, "down": up[::-1].copy()}
 
 
-@pytest.mark.parametrize("family", TINY)
-def test_training_lowers_the_loss(texts, family):
-    trainer = Trainer(family, Recipe(tokens=60 * 64, tokens_per_step=64, peak_lr=0.02, phases=RECIPE.phases), 0)
-    losses = [float(trainer.train_step(texts)) for _ in range(60)]
+@pytest.fixture(scope="module", params=TINY)
+def trained(request, texts):
+    """A trainer of each family after its last step, and the losses of all."""
+    recipe = Recipe(tokens=60 * 64, tokens_per_step=64, peak_lr=0.02, phases=RECIPE.phases)
+    trainer = Trainer(request.param, recipe, 0)
+    return trainer, [float(trainer.train_step(texts)) for _ in range(60)]
+
+
+def test_training_lowers_the_loss(trained):
+    _, losses = trained
     assert np.mean(losses[-5:]) < 0.5 * losses[0]
 
 
 def test_an_interrupted_run_goes_on_as_if_it_had_never_stopped(texts, tmp_path):
     whole = Trainer("mixtral", RECIPE, seed=1)
-    for _ in range(6):
+    for _ in range(3):
         whole.train_step(texts)
-    first = Trainer("mixtral", RECIPE, seed=1)
+    whole.save(tmp_path / "state")
+    resumed = Trainer("mixtral", RECIPE, seed=1)
+    resumed.restore(tmp_path / "state")
+    assert resumed.step == 3
     for _ in range(3):
-        first.train_step(texts)
-    first.save(tmp_path / "state")
-    second = Trainer("mixtral", RECIPE, seed=1)
-    second.restore(tmp_path / "state")
-    assert second.step == 3
-    for _ in range(3):
-        second.train_step(texts)
-    chex.assert_trees_all_equal(second.params, whole.params)
+        whole.train_step(texts)
+        resumed.train_step(texts)
+    chex.assert_trees_all_equal(resumed.params, whole.params)
 
 
 def test_a_bias_moves_against_the_load_of_experts_and_no_other_way(texts):
@@ -104,10 +109,8 @@ def test_a_bias_moves_against_the_load_of_experts_and_no_other_way(texts):
     assert np.abs(bias).max() == 0.5
 
 
-@pytest.mark.parametrize("family", TINY)
-def test_the_exported_checkpoint_loads_and_routes_as_it_was_trained(texts, tmp_path, family):
-    trainer = Trainer(family, RECIPE, seed=2)
-    trainer.train_step(texts)
+def test_the_exported_checkpoint_loads_and_routes_as_it_was_trained(texts, trained, tmp_path):
+    trainer, _ = trained
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_text("{}")
     trainer.export(tmp_path / "out", tmp_path)

@@ -13,8 +13,19 @@ from jaxmoe.models.decoder import Execution
 from jaxmoe.moe import routing
 
 SIZES = [each for each in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(each) <= 8]
-LAYOUTS = [(*size, axes) for size in SIZES for axes in ("ep", "dp,ep") if size[0] > 1 or axes == "ep"]
 STRATEGIES = ("auto", "all_to_all", "replicate")
+# Every size with every family; axes of experts, strategies and redundant experts in turn, so that each meets many.
+LAYOUTS = [
+    (
+        name,
+        *size,
+        "dp,ep" if size[0] > 1 and (turn + family) % 2 else "ep",
+        STRATEGIES[(turn + family) % 3],
+        (turn // 2 + family) % 4 * 3,
+    )
+    for turn, size in enumerate(SIZES)
+    for family, name in enumerate(DEMO_MODELS)
+]
 PROMPT = list(range(5, 45))
 ROUTERS = {"mixtral": "softmax_top_k", "deepseek-v3": "sigmoid_group_top_k", "llama4": "top_k_sigmoid"}
 
@@ -30,13 +41,12 @@ def alone():
     return {name: (model.logits([PROMPT]), model.greedy(PROMPT, 12)) for name, model in models.items()}
 
 
-@pytest.mark.parametrize("name", DEMO_MODELS)
-@pytest.mark.parametrize(("dp", "ep", "tp", "axes"), LAYOUTS)
-def test_every_mesh_gives_the_same_logits_with_redundant_experts_or_not(alone, name, dp, ep, tp, axes):
-    # Strategies and redundant experts in turn, so that each meets many meshes.
-    turn = LAYOUTS.index((dp, ep, tp, axes))
-    execution = Execution(strategy=STRATEGIES[turn % 3])
-    model = load(name, dp, ep, tp, axes, redundant_experts=turn % 4 * 3, execution=execution)
+@pytest.mark.parametrize(("name", "dp", "ep", "tp", "axes", "strategy", "redundant"), LAYOUTS)
+def test_every_mesh_gives_the_same_logits_with_redundant_experts_or_not(
+    alone, name, dp, ep, tp, axes, strategy, redundant
+):
+    execution = Execution(strategy=strategy)
+    model = load(name, dp, ep, tp, axes, redundant_experts=redundant, execution=execution)
     logits, expected = model.logits([PROMPT]), alone[name][0]
     np.testing.assert_array_equal(logits.argmax(-1), expected.argmax(-1))
     np.testing.assert_allclose(logits, expected, atol=1e-4)
