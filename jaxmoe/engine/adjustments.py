@@ -4,7 +4,6 @@ Kept for each sequence on the host, packed for `ops.sampling.adjust` while the d
 """
 
 import dataclasses
-import math
 import weakref
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxmoe.engine.batch import Ranks, first_draws
+from jaxmoe.engine.batch import Ranks, count_words, first_draws, split_words
 from jaxmoe.engine.grammars import Grammars, Matcher
 from jaxmoe.engine.scheduler import Sequence
 
@@ -52,16 +51,11 @@ class AdjustmentShape:
 
     @property
     def words(self) -> int:
-        return sum(map(math.prod, self._fields().values()))
+        return count_words(self._fields())
 
     def split(self, words: Any) -> dict[str, Any]:
         """Views of the fields of one rank's words."""
-        fields, offset = {}, 0
-        for name, shape in self._fields().items():
-            end = offset + math.prod(shape)
-            fields[name] = words[offset:end].reshape(shape)
-            offset = end
-        return fields
+        return split_words(words, self._fields())
 
     def unpack(self, words: Int[Array, "words"]) -> Adjustments:
         """One rank's adjustments, on the device."""

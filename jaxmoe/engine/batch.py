@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
@@ -195,18 +195,8 @@ class Following(NamedTuple):
 
 
 PER_SEQUENCE = (
-    "start",
-    "length",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "seed",
-    "following",
-    "drafts",
-    "slot",
-    "ahead",
-)
+    "start", "length", "temperature", "top_k", "top_p", "min_p", "seed", "following", "drafts", "slot", "ahead",
+)  # fmt: skip
 FLOATS = ("temperature", "top_p", "min_p")
 
 
@@ -227,9 +217,7 @@ class Packing:
 
     def words(self, shape: StepShape) -> int:
         """int32 words of a packed batch, per rank."""
-        return (
-            shape.one_row + shape.rows + shape.batch * (sum(self.widths(shape)) + len(self.spans) + len(PER_SEQUENCE))
-        )
+        return count_words(self._fields(shape))
 
     def pack(self, shape: StepShape, ranks: Ranks) -> Int[np.ndarray, "R words"]:
         """Everything a step needs; `unpack` is its inverse on the device."""
@@ -300,20 +288,33 @@ class Packing:
         found = {"positions": positions, "pieces": pieces, "begins": begins, "draws": draws, "drawers": drawers}
         return Batch(**{**fields, **as_float, **found})
 
+    def _fields(self, shape: StepShape) -> dict[str, tuple[int, ...]]:
+        """Shapes of the fields of one rank's words."""
+        fields: dict[str, tuple[int, ...]] = {"decodes": (1,)} if shape.one_row else {}
+        fields["tokens"] = (shape.rows,)
+        fields |= {f"tables {group}": (shape.batch, width) for group, width in enumerate(self.widths(shape))}
+        fields |= {f"firsts {group}": (shape.batch,) for group in range(len(self.spans))}
+        return fields | dict.fromkeys(PER_SEQUENCE, (shape.batch,))
+
     def _split(self, words: Any, shape: StepShape) -> dict[str, Any]:
-        """Views of the fields of one rank's words."""
-        batch, offset = shape.batch, 0
+        """Views of the fields of one rank's words; of each group those that there are as often."""
+        fields, groups = split_words(words, self._fields(shape)), range(len(self.spans))
+        of_groups = {name: tuple(fields.pop(f"{name} {group}") for group in groups) for name in ("tables", "firsts")}
+        return fields | of_groups
 
-        def take(*axes: int) -> Any:
-            nonlocal offset
-            start, offset = offset, offset + math.prod(axes)
-            return words[start:offset].reshape(axes)
 
-        fields: dict[str, Any] = {"decodes": take(1)} if shape.one_row else {}
-        fields["tokens"] = take(shape.rows)
-        fields["tables"] = tuple(take(batch, width) for width in self.widths(shape))
-        fields["firsts"] = tuple(take(batch) for _ in self.spans)
-        return fields | {name: take(batch) for name in PER_SEQUENCE}
+def split_words(words: Any, fields: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Views of fields of these shapes, one after the other."""
+    views, offset = {}, 0
+    for name, shape in fields.items():
+        end = offset + math.prod(shape)
+        views[name] = words[offset:end].reshape(shape)
+        offset = end
+    return views
+
+
+def count_words(fields: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(map(math.prod, fields.values()))
 
 
 def _powers(smallest: int, largest: int, factor: int) -> list[int]:
