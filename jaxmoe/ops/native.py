@@ -34,7 +34,7 @@ BUILT = Path.home() / ".cache" / "jaxmoe" / "native"
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared", "-w")
 DTYPES = (jnp.dtype("float32"), jnp.dtype("bfloat16"))
-HANDLERS = ("Linear", "Heads", "GroupedMlp", "Attend", "AttendLatent", "Write", "Greedy")
+HANDLERS = ("Linear", "Heads", "GroupedMlp", "Attend", "AttendLatent", "Write", "Greedy", "Sample")
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3}
 SPANS = {"full": 0, "window": 1, "chunk": 2}
 
@@ -265,3 +265,20 @@ def greedy(logits: Float[Array, "B V"]) -> tuple[Int[Array, "B"], Float[Array, "
     shapes = [jax.ShapeDtypeStruct(logits.shape[:1], dtype) for dtype in (jnp.int32, jnp.float32)]
     best, log_sum = jax.ffi.ffi_call(_target("Greedy"), shapes)(logits)
     return best, log_sum
+
+
+def sample(
+    logits: Float[Array, "B V"],
+    temperature: Float[Array, "B"],
+    top_k: Int[Array, "B"],
+    top_p: Float[Array, "B"],
+    min_p: Float[Array, "B"],
+    seed: Int[Array, "B"],
+    position: Int[Array, "B"],
+) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+    """See `ops.sampling.sample`. Of float32."""
+    check_available()
+    shapes = [jax.ShapeDtypeStruct(logits.shape[:1], dtype) for dtype in (jnp.int32, jnp.float32)]
+    run = jax.ffi.ffi_call(_target("Sample"), shapes)
+    tokens, logprobs = run(logits, temperature, top_k, top_p, min_p, seed, position)
+    return tokens, logprobs

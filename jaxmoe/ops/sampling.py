@@ -38,7 +38,9 @@ def sample(
     sampling reaches 1 - d, but its tokens depend on the draft.
     """
     logits = logits.astype(jnp.float32)
-    best, log_sum = greedy(logits, implementation)
+    if implementation == "native":
+        return native.sample(logits, temperature, top_k, top_p, min_p, seed, position)
+    best, log_sum = greedy(logits)
 
     def draw() -> Int[Array, "B"]:
         # The likeliest token stays at 0, so that no temperature, however small, carries it to infinity.

@@ -15,7 +15,7 @@ from jaxmoe.ops.gating import ACTIVATIONS
 from jaxmoe.ops.grouped_mlp import gated_mlp, grouped_mlp
 from jaxmoe.ops.linear import Compute, linear, linear_by_head, linear_transposed
 from jaxmoe.ops.paged_attention import Where
-from jaxmoe.ops.sampling import greedy
+from jaxmoe.ops.sampling import greedy, sample
 from jaxmoe.sharding.mesh import MeshSpec, make_mesh
 from jaxmoe.spans import FULL, Span
 
@@ -225,6 +225,22 @@ class TestBitsDoNotDependOnCompany:
 def test_the_best_of_each_row_and_the_log_of_its_sum(columns):
     logits = normal((6, columns), scale=5).at[2].set(1.0).at[3, -1].set(90.0)
     assert_alike(both(greedy, logits))
+
+
+@pytest.mark.parametrize("columns", [1, 37, 1000, 20_000])
+@pytest.mark.parametrize(
+    "how", [{}, {"top_k": 20}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 300, "top_p": 0.5, "min_p": 0.01}], ids=str
+)
+def test_draws_are_those_of_the_same_noise(columns, how):
+    rows = 64
+    logits = normal((rows, columns), scale=3).at[:3].set(0.0)
+    params = {"temperature": jnp.linspace(0, 3, rows), "top_k": 0, "top_p": 1.0, "min_p": 0.0} | how
+    full = {name: jnp.broadcast_to(jnp.asarray(value), (rows,)) for name, value in params.items()}
+    seeds = jnp.arange(rows, dtype=jnp.int32) * -77_777_777
+    (tokens, logprobs), (expected, _) = both(sample, logits, *full.values(), seeds, jnp.arange(rows) * 1000)
+    np.testing.assert_array_equal(tokens, expected)
+    every = np.asarray(jax.nn.log_softmax(logits))
+    np.testing.assert_allclose(logprobs, every[np.arange(rows), tokens.astype(int)], atol=2e-5)
 
 
 def test_kernels_run_on_every_virtual_device():

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,10 +7,17 @@ import pytest
 import scipy.special
 import scipy.stats
 
+from jaxmoe.ops import native
 from jaxmoe.ops.sampling import adjust, keep_likely, report, sample
 
 VOCABULARY = 50
-draw = jax.jit(sample)
+
+
+@pytest.fixture(params=["xla", "native"])
+def draw(request):
+    if request.param == "native" and native.choose("auto", "cpu", jnp.dtype("float32")) == "xla":
+        pytest.skip("no C++ compiler")
+    return jax.jit(functools.partial(sample, implementation=request.param))
 
 
 def rows(count, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, position=0):
@@ -26,20 +35,20 @@ def random_logits(count, scale=2.0, seed=0):
     return np.random.default_rng(seed).normal(size=(count, VOCABULARY)).astype(np.float32) * scale
 
 
-def test_temperature_zero_takes_the_most_likely_token():
+def test_temperature_zero_takes_the_most_likely_token(draw):
     logits = random_logits(20)
     tokens, _ = draw(logits, **rows(20, temperature=0, top_k=3, seed=np.arange(20)))
     np.testing.assert_array_equal(tokens, logits.argmax(-1))
 
 
-def test_temperature_zero_takes_the_lowest_of_tied_tokens():
+def test_temperature_zero_takes_the_lowest_of_tied_tokens(draw):
     logits = np.zeros((1, VOCABULARY), np.float32)
     logits[0, [30, 7, 49]] = 1
     assert draw(logits, **rows(1, temperature=0))[0] == 7
 
 
 @pytest.mark.parametrize("temperature", [1e-40, 1.2e-38, 1e-30, 1e-4])
-def test_the_smallest_temperatures_take_the_most_likely_token(temperature):
+def test_the_smallest_temperatures_take_the_most_likely_token(temperature, draw):
     logits = random_logits(20)
     tokens, _ = draw(logits, **rows(20, temperature=temperature, top_p=0.9, seed=np.arange(20)))
     np.testing.assert_array_equal(tokens, logits.argmax(-1))
@@ -90,7 +99,7 @@ def test_tokens_tied_with_the_last_one_kept_are_kept_too():
     ],
 )
 @pytest.mark.parametrize("varied", ["seed", "position"])
-def test_draws_follow_the_softmax_of_what_is_kept(setting, varied):
+def test_draws_follow_the_softmax_of_what_is_kept(setting, varied, draw):
     count = 4000
     logits = random_logits(1, 1.5)
     chosen = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **setting}
@@ -107,7 +116,7 @@ def test_draws_follow_the_softmax_of_what_is_kept(setting, varied):
     assert scipy.stats.chisquare(observed, expected).pvalue > 1e-3
 
 
-def test_a_row_draws_the_same_token_in_any_batch_and_place():
+def test_a_row_draws_the_same_token_in_any_batch_and_place(draw):
     logits = random_logits(8)
     chosen = rows(
         8,
@@ -128,7 +137,7 @@ def test_a_row_draws_the_same_token_in_any_batch_and_place():
         np.testing.assert_allclose(alone[1], logprobs[row], rtol=1e-6)
 
 
-def test_another_seed_or_position_draws_anew():
+def test_another_seed_or_position_draws_anew(draw):
     logits = np.zeros((64, VOCABULARY), np.float32)
     by_seed, by_position = (draw(logits, **rows(64, **{name: np.arange(64)}))[0] for name in ("seed", "position"))
     assert len(np.unique(by_seed)) > 20
@@ -136,14 +145,14 @@ def test_another_seed_or_position_draws_anew():
 
 
 @pytest.mark.parametrize("setting", [{"temperature": 0}, {"temperature": 0.5, "top_k": 3, "top_p": 0.5}])
-def test_the_logprob_is_that_of_the_unmodified_logits(setting):
+def test_the_logprob_is_that_of_the_unmodified_logits(setting, draw):
     logits = random_logits(20)
     tokens, logprobs = draw(logits, **rows(20, **setting, seed=np.arange(20)))
     expected = scipy.special.log_softmax(logits.astype(np.float64), -1)[np.arange(20), tokens]
     np.testing.assert_allclose(logprobs, expected, atol=1e-5)
 
 
-def test_logits_of_half_precision_are_sampled_in_float32():
+def test_logits_of_half_precision_are_sampled_in_float32(draw):
     logits = random_logits(4).astype(jnp.bfloat16)
     _, logprobs = draw(logits, **rows(4))
     assert logprobs.dtype == jnp.float32
@@ -204,7 +213,7 @@ def test_biases_penalties_and_the_mask_are_those_of_a_numpy_oracle():
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
-def test_a_token_that_is_not_allowed_is_never_chosen(temperature):
+def test_a_token_that_is_not_allowed_is_never_chosen(temperature, draw):
     logits = random_logits(500, seed=2)
     logits[:, np.arange(VOCABULARY) % 7 != 3] = -np.inf
     tokens, logprobs = draw(logits, **rows(500, temperature=temperature, top_p=0.9, seed=np.arange(500)))

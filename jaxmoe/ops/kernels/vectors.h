@@ -116,6 +116,26 @@ inline void Transpose(Vec* rows) {
   }
 }
 
+// The natural logarithm of normal numbers, to 2 units in the last place (the polynomial of Cephes' logf).
+__attribute__((always_inline)) inline Vec Log(Vec x) {
+  IVec bits = (IVec)x;
+  Vec part = (Vec)((bits & 0x7FFFFF) | 0x3F000000);  // from 0.5 to 1
+  IVec low = part < Splat(0.707106781f);
+  Vec exponent = __builtin_convertvector((bits >> 23) - 126 + low, Vec);
+  part = (low ? part + part : part) - 1.0f;
+  Vec square = part * part, p = Splat(7.0376836292e-2f);
+  p = p * part - 1.1514610310e-1f;
+  p = p * part + 1.1676998740e-1f;
+  p = p * part - 1.2420140846e-1f;
+  p = p * part + 1.4249322787e-1f;
+  p = p * part - 1.6668057665e-1f;
+  p = p * part + 2.0000714765e-1f;
+  p = p * part - 2.4999993993e-1f;
+  p = p * part + 3.3333331174e-1f;
+  Vec small = p * part * square - exponent * 2.12194440e-4f - 0.5f * square;
+  return part + small + exponent * 0.693359375f;
+}
+
 // e^x to 2 units in the last place; 0 for x below -87, where results would be denormal.
 __attribute__((always_inline)) inline Vec Exp(Vec x) {
   const Vec magic = Splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
