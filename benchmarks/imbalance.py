@@ -176,7 +176,8 @@ class Client:
                 request = self._traffic.request(domain)
                 self._engine.submit(self._placer.place(request, domain) if self._placer else request)
                 self._last[request.id] = None
-            calls, moving = self._engine.statistics.num_calls, self._moving
+            # What a step brings, and what it counted, is that of the one launched before.
+            calls, moving, launched = self._engine.statistics.num_calls, self._moving, self._engine.last_step
             began = time.perf_counter()
             outputs = self._engine.step()
             took = time.perf_counter() - began
@@ -194,9 +195,9 @@ class Client:
                 moved += report.moved_experts
             calls = self._engine.statistics.num_calls - calls
             fullest, even = self._engine.statistics.calls()
-            if calls <= len(even):  # after experts have moved the statistics begin anew
+            if 0 < calls <= len(even):  # after experts have moved the statistics begin anew
                 summed = int(fullest[-calls:].sum()), float(even[-calls:].sum() * fullest.shape[1])
-                steps.append(Step(took, self._engine.last_step.prefill_tokens == 0, *summed))
+                steps.append(Step(took, launched.prefill_tokens == 0, *summed))
         return Measured(steps, np.array(gaps), moved)
 
     @property

@@ -259,7 +259,8 @@ def use_compile_cache(folder: str) -> None:
     """Keeps compiled programs in `folder`, unless JAX's own settings already name a place or `folder` is ''."""
     import jax
 
-    if folder and not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+    settings: Any = jax.config  # whose options some of its releases declare, and some do not
+    if folder and not settings.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

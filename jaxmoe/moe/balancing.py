@@ -45,7 +45,7 @@ def balanced_packing(weight: Float[np.ndarray, "X n"], packs: int) -> Packing:
     for row, order in enumerate(np.argsort(-weight, axis=1, kind="stable")):
         load, held = np.zeros(packs, weight.dtype), np.zeros(packs, np.int64)
         for item in order:
-            chosen = np.where(held < room, load, np.inf).argmin()
+            chosen = np.argmin(np.where(held < room, load, np.inf))
             pack[row, item], rank[row, item] = chosen, held[chosen]
             load[chosen] += weight[row, item]
             held[chosen] += 1
@@ -181,7 +181,7 @@ def _is_spread(of_layer: Int[np.ndarray, "S"], devices: int, experts: int, least
     """Whether no device holds an expert twice and every expert has enough of them."""
     held = [set(row) for row in of_layer.reshape(devices, -1).tolist()]
     count = np.bincount(of_layer, minlength=experts)
-    return all(len(each) * devices == len(of_layer) for each in held) and int(count.min()) >= least
+    return all(len(each) * devices == len(of_layer) for each in held) and int(np.min(count)) >= least
 
 
 def _balance(of_layer: Int[np.ndarray, "S"], loads: Float[np.ndarray, "E"], devices: int) -> float:

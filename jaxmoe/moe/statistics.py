@@ -85,7 +85,7 @@ def _ceilings(devices: int) -> tuple[np.ndarray, np.ndarray]:
     sizes = np.arange(LARGEST_BATCH.bit_length())
     draws = max(100, min(DRAWS, DRAWS * 64 // devices))
     even = np.full(devices, 1 / devices)
-    return sizes, np.array([_of_rows(rng.multinomial(1 << size, even, draws) * 1.0).mean() for size in sizes])
+    return sizes, np.array([_of_rows(rng.multinomial(1 << int(size), even, draws) * 1.0).mean() for size in sizes])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,8 +262,11 @@ class LoadStatistics:
         number, ranks, layers, width = counts.shape
         slots, devices, copies = width - self._num_devices, self._num_devices, self._copies
         to_slots, rows = counts[..., :slots], counts[..., slots:]
+
         # In 32 bits, which no block of calls fills: numpy's default of 64 takes three times as long.
-        sum_of = functools.partial(np.sum, dtype=np.int32)
+        def sum_of(array: np.ndarray, axis: int) -> np.ndarray:
+            return np.asarray(array.sum(axis=axis, dtype=np.int32))
+
         of_copies = sum_of(to_slots.reshape(number, copies, ranks // copies, layers, slots), axis=2)
         loads = sum_of(of_copies.reshape(number, copies, layers, devices, -1), axis=-1)
         balance = _of_rows(loads * 1.0)

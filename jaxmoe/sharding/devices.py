@@ -21,7 +21,8 @@ def virtual_devices(count: int) -> None:
 
     Has no effect on accelerators; raises MeshError once it is too late.
     """
-    if jax.config.jax_num_cpu_devices >= count:  # type: ignore[attr-defined]
+    settings: Any = jax.config  # whose options some of its releases declare, and some do not
+    if settings.jax_num_cpu_devices >= count:
         return
     try:
         jax.config.update("jax_num_cpu_devices", count)
