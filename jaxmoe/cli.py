@@ -104,6 +104,9 @@ def add_limit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-prefix-cache", action="store_true", help="compute every prompt anew, even what others began with"
     )
+    parser.add_argument(
+        "--no-overlap", action="store_true", help="begin a step only when the tokens of the one before are read"
+    )
     parser.add_argument("--page-size", type=int, default=limits.page_size, help="tokens of a KV page (%(default)s)")
     parser.add_argument("--kv-pages", type=int, help="KV pages of a rank (default: from memory, full batch at most)")
 
@@ -202,6 +205,7 @@ def engine_config(args: argparse.Namespace, **options: Any) -> EngineConfig:
         max_batch_tokens=args.max_batch_tokens,
         max_prefill_tokens=args.max_prefill_tokens,
         prefix_cache=not args.no_prefix_cache,
+        overlap=not args.no_overlap,
         **options,
     )
 

@@ -105,17 +105,19 @@ def test_samples_share_their_prompt_and_are_each_what_they_are_alone(models, pro
     assert len(set(map(tuple, by_itself))) == 3
 
 
-def test_spans_take_no_more_pages_however_long_the_context_grows(models, prompts):
+@pytest.mark.parametrize("overlap", [False, True])
+def test_spans_take_no_more_pages_however_long_the_context_grows(models, prompts, overlap):
     model = models("dp=1")
     config = EngineConfig(page_size=4, max_batch=1, max_prefill_tokens=4, max_prefill_sequences=1, warm_up=False)
-    engine = Engine(model, config)
+    engine = Engine(model, dataclasses.replace(config, overlap=overlap))
     engine.submit(Request("x", tuple(prompts[1]), SamplingParams(temperature=0, ignore_eos=True)))
     length, short_spans = len(prompts[1]), []
     while engine.has_work:
         outputs = engine.step()
         if outputs and engine.has_work:
             (load,) = engine.loads()
-            short_spans.append(load.used_pages - (-(-length // 4) if FULL in model.config.spans else 0))
+            placed = min(length + overlap, 63)  # with the one in flight, but of the last token of all
+            short_spans.append(load.used_pages - (-(-placed // 4) if FULL in model.config.spans else 0))
             length += 1
     assert length == 63
     assert max(short_spans) == sum(pages_reached(span, 1, 4, 1000) for span in model.config.spans if span != FULL)

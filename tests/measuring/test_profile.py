@@ -37,6 +37,14 @@ def test_every_part_of_the_model_is_found_in_recorded_steps(engine, tmp_path):
     assert {op.program for op in recording.ops} <= known
 
 
+def test_steps_that_overlap_are_broken_down_too(model, tmp_path):
+    engine = Engine(model, EngineConfig(max_batch=2, max_context=64, max_prefill_tokens=16, warm_up=False))
+    Driver(engine).run(Phase("decode", 2), 64, 4, trace.step, trace.recording(tmp_path))
+    found = break_down(trace.read(tmp_path), engine.programs)
+    assert all(found.parts[name] > 0 for name in ("attention", "experts", "dispatch", "lm_head", "sampling"))
+    assert sum(found.shares.values()) == pytest.approx(1)
+
+
 def test_exchanges_between_devices_are_found(tmp_path):
     engine = Engine(load(mesh="ep=2"), EngineConfig(max_batch=1, max_context=64, max_prefill_tokens=16, warm_up=False))
     Driver(engine).run(Phase("decode", 1), 64, 2, trace.step, trace.recording(tmp_path))
