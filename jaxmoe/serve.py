@@ -102,6 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         # Imported once the port is open: JAX takes a second.
         from jaxmoe.api import load
         from jaxmoe.engine.engine import Engine
+        from jaxmoe.serving.garbage import pass_over_what_is_here
         from jaxmoe.serving.orders import Orders
         from jaxmoe.serving.tables import Tables
 
@@ -143,6 +144,7 @@ def main(argv: list[str] | None = None) -> int:
             routed_experts=args.routed_experts,
             mixture_layers=tuple(model.config.stacks["moe"]),
         )
+        pass_over_what_is_here()
         if folder is None:
             return server.Served(engine, info, Tables(engine), Orders(engine, save_placement=args.save_placement))
         from jaxmoe.measuring.profile import ProfiledEngine

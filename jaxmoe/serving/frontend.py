@@ -23,6 +23,7 @@ from smg_grpc_proto.generated import vllm_engine_pb2_grpc
 from jaxmoe.errors import ConfigError, UnavailableError
 from jaxmoe.serving import logs
 from jaxmoe.serving.admin import ADMIN_SERVICE, Admin
+from jaxmoe.serving.garbage import pass_over_what_is_here
 from jaxmoe.serving.link import BindFailed, Bound, FrontendConfig
 from jaxmoe.serving.metrics import MetricsServer
 from jaxmoe.serving.proto.admin_pb2_grpc import add_AdminServicer_to_server
@@ -198,6 +199,8 @@ def _read_signals(drain: asyncio.Event, cut: asyncio.Event) -> None:
 async def _follow_health(engine: RemoteEngine, servicer: Health) -> None:
     while True:
         engine.phase_changed.clear()
+        if engine.phase is Phase.SERVING:
+            pass_over_what_is_here()
         await _tell_health(engine, servicer)
         await engine.phase_changed.wait()
 
