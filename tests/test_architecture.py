@@ -20,7 +20,10 @@ FLOORS = [
     "front doors",
 ]
 GROUND = {"jaxmoe.errors", "jaxmoe.axes", "jaxmoe.spans"}
-HOST_SIDE = {f"jaxmoe.engine.{name}" for name in ("config", "request", "block_pool", "kv_events", "pages", "scheduler")}
+HOST_SIDE = {
+    f"jaxmoe.engine.{name}"
+    for name in ("config", "request", "block_pool", "kv_events", "pages", "sequence", "scheduler")
+}
 SEEN_BY_SERVING = {f"jaxmoe.engine{name}" for name in ("", ".config", ".request", ".kv_events", ".engine")}
 FAMILIES = ("mixtral", "deepseek_v3", "llama4")
 

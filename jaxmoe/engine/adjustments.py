@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxmoe.engine.batch import Ranks, count_words, first_draws, split_words
 from jaxmoe.engine.grammars import Grammars, Matcher
-from jaxmoe.engine.scheduler import Sequence
+from jaxmoe.engine.sequence import Sequence
 
 ENTRIES_A_ROW, FEWEST_ENTRIES = 256, 1024
 

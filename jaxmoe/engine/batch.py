@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxmoe.engine.config import EngineConfig
 from jaxmoe.engine.pages import pages_reached
-from jaxmoe.engine.scheduler import Chunk, StepPlan
+from jaxmoe.engine.sequence import Chunk, StepPlan
 from jaxmoe.ops.linear import Kernels
 from jaxmoe.ops.paged_attention import Pieces
 from jaxmoe.spans import Span

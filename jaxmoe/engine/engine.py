@@ -19,7 +19,8 @@ from jaxmoe.engine.programs import Program
 from jaxmoe.engine.rebalancing import RebalanceCounts, Rebalancer, RebalanceReport
 from jaxmoe.engine.request import Output, Request, SamplingParams
 from jaxmoe.engine.runner import Flight, Runner
-from jaxmoe.engine.scheduler import NOTHING, RankLoad, Scheduler, Stats, StepPlan
+from jaxmoe.engine.scheduler import RankLoad, Scheduler, Stats
+from jaxmoe.engine.sequence import NOTHING, StepPlan
 from jaxmoe.errors import ConfigError
 from jaxmoe.moe.simulation import Recorder
 from jaxmoe.moe.statistics import LoadStatistics

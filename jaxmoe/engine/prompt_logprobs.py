@@ -11,7 +11,7 @@ from jaxtyping import Int
 
 from jaxmoe.engine.batch import Ranks, StepShape
 from jaxmoe.engine.request import PromptLogprobs, TopLogprobs
-from jaxmoe.engine.scheduler import Chunk, Sequence
+from jaxmoe.engine.sequence import Chunk, Sequence
 
 ROWS = 64  # of hidden states that one call looks at, on each rank
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Int
 
 from jaxmoe.engine.batch import Ranks, StepShape
 from jaxmoe.engine.request import Output, RoutedExperts
-from jaxmoe.engine.scheduler import Chunk, Sequence
+from jaxmoe.engine.sequence import Chunk, Sequence
 
 
 @dataclasses.dataclass

@@ -30,7 +30,7 @@ from jaxmoe.engine.pages import PageGroup, pages_reached
 from jaxmoe.engine.prompt_logprobs import PromptReports
 from jaxmoe.engine.request import Sampled
 from jaxmoe.engine.routed_tokens import RoutedTokens
-from jaxmoe.engine.scheduler import Chunk, StepPlan
+from jaxmoe.engine.sequence import Chunk, StepPlan
 from jaxmoe.errors import ConfigError
 from jaxmoe.models.kv_cache import KVCache, bytes_per_page, make_cache
 from jaxmoe.moe.simulation import Recorder

@@ -267,18 +267,9 @@ def greedy(logits: Float[Array, "B V"]) -> tuple[Int[Array, "B"], Float[Array, "
     return best, log_sum
 
 
-def sample(
-    logits: Float[Array, "B V"],
-    temperature: Float[Array, "B"],
-    top_k: Int[Array, "B"],
-    top_p: Float[Array, "B"],
-    min_p: Float[Array, "B"],
-    seed: Int[Array, "B"],
-    position: Int[Array, "B"],
-) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-    """See `ops.sampling.sample`. Of float32."""
+def sample(logits: Float[Array, "B V"], *how: Array) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+    """See `ops.sampling.sample`, whose further arguments `how` are. Of float32."""
     check_available()
     shapes = [jax.ShapeDtypeStruct(logits.shape[:1], dtype) for dtype in (jnp.int32, jnp.float32)]
-    run = jax.ffi.ffi_call(_target("Sample"), shapes)
-    tokens, logprobs = run(logits, temperature, top_k, top_p, min_p, seed, position)
+    tokens, logprobs = jax.ffi.ffi_call(_target("Sample"), shapes)(logits, *how)
     return tokens, logprobs

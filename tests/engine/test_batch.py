@@ -8,7 +8,8 @@ from jaxmoe.engine.batch import KEPT, Following, Grid, OneRow, Packing, Sampling
 from jaxmoe.engine.config import EngineConfig
 from jaxmoe.engine.pages import PageGroup
 from jaxmoe.engine.request import Request, Sampled, SamplingParams
-from jaxmoe.engine.scheduler import Chunk, Scheduler, StepPlan
+from jaxmoe.engine.scheduler import Scheduler
+from jaxmoe.engine.sequence import Chunk, StepPlan
 from jaxmoe.spans import FULL, Span
 
 CONFIG = EngineConfig(page_size=4, max_batch=4, max_prefill_tokens=16, max_prefill_sequences=2)
