@@ -110,6 +110,7 @@ def main() -> int:
     grown = memory[-1] / memory[2]
     whole = stats.used_pages == stats.running == stats.waiting == 0 and not load.live
     print(
+        f"{steps:,} steps, {load.number:,} requests, {load.generated:,} tokens, {stats.preemptions:,} preemptions; "
         f"ends: {dict(load.ended)}; pool whole: {whole}; memory x{grown:.3f} since a third of the time; "
         f"compiled late: {engine.late_compiles}; longest step {longest * 1000:.0f} ms"
     )
