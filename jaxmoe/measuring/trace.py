@@ -4,6 +4,7 @@ import bisect
 import collections
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -65,13 +66,20 @@ def read(folder: Path) -> Recording:
     files = sorted(folder.glob("plugins/profile/*/*.xplane.pb"), key=lambda file: file.stat().st_mtime)
     if not files:
         raise FileNotFoundError(f"{folder} holds no recording (plugins/profile/*/*.xplane.pb)")
+    with warnings.catch_warnings():
+        # Python 3.12 has one for how JAX makes the type of events' stats; made an error, it aborts the process.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return _read(files[-1])
+
+
+def _read(file: Path) -> Recording:
     steps: list[tuple[float, float]] = []
     ops: list[Op] = []
     # An operation and its end, which may be recorded by another thread, share a number.
     launches: dict[int, int] = {}
     ends: dict[int, tuple[float, str]] = {}
     starts: dict[str, list[float]] = collections.defaultdict(list)  # of operations, by line
-    for plane in jax.profiler.ProfileData.from_file(str(files[-1])).planes:
+    for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
         for line in plane.lines:
             where = f"{plane.name} {line.name}"
             for event in line.events:
