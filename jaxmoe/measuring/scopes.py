@@ -14,7 +14,9 @@ _NAME = re.compile(r"[\w.-]+")
 _OPERAND = re.compile(r"%([\w.-]+)")
 _COLLECTIVE = re.compile(rf" (?:{'|'.join(KINDS)})(?:-start|-done)?\(")
 # What JAX's own control flow adds to a path; the path's last component is the primitive.
-_CONTROL = re.compile(r"while|body|cond|branch_\d+_fun|scan|closed_call|core_call|shard_map|pjit|checkpoint|remat\d?")
+_CONTROL = re.compile(
+    r"while|body|cond|branch_\d+_fun|scan|closed_call|core_call|eval_jaxpr|shard_map|pjit|checkpoint|remat\d?"
+)
 EXCHANGE = "exchange"
 
 PARTS = ("attention", "experts", "feed-forward", "dispatch", "lm_head", "sampling", "other")
