@@ -221,11 +221,12 @@ class Packing:
 
     def pack(self, shape: StepShape, ranks: Ranks) -> Int[np.ndarray, "R words"]:
         """Everything a step needs; `unpack` is its inverse on the device."""
-        packed = np.zeros((len(ranks), self.words(shape)), np.int32)
+        layout = self._fields(shape)
+        packed = np.zeros((len(ranks), count_words(layout)), np.int32)
         for row, chunks in zip(packed, ranks, strict=True):
             if not chunks:
                 continue
-            fields, count = self._split(row, shape), len(chunks)
+            fields, count = self._split(row, layout), len(chunks)
             if shape.one_row:
                 fields["decodes"][:] = sum(map(_decodes, chunks))
             tokens: list[int] = []
@@ -259,7 +260,7 @@ class Packing:
 
     def unpack(self, packed: Int[Array, "words"], shape: StepShape, kept: Int[Array, "slots kept"]) -> Batch:
         """One rank's batch. kept: see `KEPT`; tokens below 0 are places of tokens and drafts there (`Chunk.tokens`)."""
-        fields = self._split(packed, shape)
+        fields = self._split(packed, self._fields(shape))
         tokens, ahead = fields["tokens"], fields.pop("ahead") > 0
         fields["tokens"] = jnp.where(tokens < 0, kept[:, :2].reshape(-1)[jnp.maximum(-tokens, 0)], tokens)
         fields["start"] += jnp.where(ahead, kept[fields["slot"], KEPT.index("right")], 0)
@@ -296,9 +297,9 @@ class Packing:
         fields |= {f"firsts {group}": (shape.batch,) for group in range(len(self.spans))}
         return fields | dict.fromkeys(PER_SEQUENCE, (shape.batch,))
 
-    def _split(self, words: Any, shape: StepShape) -> dict[str, Any]:
+    def _split(self, words: Any, layout: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         """Views of the fields of one rank's words; of each group those that there are as often."""
-        fields, groups = split_words(words, self._fields(shape)), range(len(self.spans))
+        fields, groups = split_words(words, layout), range(len(self.spans))
         of_groups = {name: tuple(fields.pop(f"{name} {group}") for group in groups) for name in ("tables", "firsts")}
         return fields | of_groups
 

@@ -212,12 +212,12 @@ class Engine:
             if self.config.overlap:
                 outputs, before = self._land(before), self._flight
             self._runner.sample(flight)
-            if not self.config.overlap:
+            if self.config.overlap:
+                self._flight = flight
+            else:
                 outputs = self._land(flight)
         except Exception as error:
             return outputs + self._recover(plan, before, error)
-        if self.config.overlap:
-            self._flight = flight
         self.last_step = self._report(plan, self._runner.device_seconds - on_device)
         if self._rebalancer:
             self._rebalancer.step(0.0 if plan.empty else time.perf_counter() - began)
